@@ -1,0 +1,1 @@
+"""What a fine-tuned model is, and where it lives."""

@@ -1,0 +1,1 @@
+"""The gateway, the engines behind it, and what runs inside vLLM."""

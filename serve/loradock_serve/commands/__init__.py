@@ -1,0 +1,1 @@
+"""Sub-commands of `loradock` that this package contributes, one module each; nothing heavy at import time."""
