@@ -1,13 +1,28 @@
-"""The root of every error that Loradock raises on purpose.
+"""The root of every error that Loradock raises on purpose, and below it the tree of this package.
 
     LoradockError                    exit code 1, HTTP 500
     ├── UsageError                   exit code 2: the command line or a config file is wrong
+    │   └── InvalidNameError         a model name, or a reference to a version, is not one
     ├── NotFoundError                a name, version or path that is not there
-    └── (each package draws its own tree below these at the top of its module)
+    ├── RefusedError                 an upload that is not acceptable; carries every Problem found
+    │   ├── ManifestError            the list of files is wrong, or names a file that is not allowed
+    │   └── CheckpointError          the files are not a checkpoint that can be read
+    │       └── HeaderError          a safetensors header that lies
+    ├── BaseModelError               the base's own config or weights cannot be read
+    ├── DigestMismatchError          bytes that are not the ones their sha256 announced
+    ├── MissingBlobsError            a manifest that names bytes the store does not hold
+    ├── RegistryError                the registry cannot be opened or brought up to date
+    ├── ServerError                  the server answered with an error (client side)
+    │   └── UnreachableError         the server did not answer at all
+    └── (each other package draws its own tree below these at the top of its module)
 
-An error's message says what is wrong, with both numbers where there are two, and what to do next. The command line prints
-it without a traceback; the HTTP edge maps the *type* to a status code. Nothing recognises an error by its text.
+An error's message says what is wrong, with both numbers where there are two, and what to do next. The command line
+prints it without a traceback; the HTTP edge maps the *type* to a status code. Nothing recognises an error by its text.
 """
+
+from collections.abc import Iterable, Sequence
+
+from loradock_adapters.problems import Problem
 
 
 class LoradockError(Exception):
@@ -24,7 +39,93 @@ class UsageError(LoradockError):
     exit_code = 2
 
 
+class InvalidNameError(UsageError):
+    """A model name, or a reference to a version of one, that is not well-formed."""
+
+    code = "invalid_name"
+
+
 class NotFoundError(LoradockError):
     """Something that was named does not exist."""
 
     code = "not_found"
+
+
+class RefusedError(LoradockError):
+    """An upload that is not acceptable. `problems` holds all of them, not only the first."""
+
+    code = "refused"
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        super().__init__("; ".join(str(problem) for problem in self.problems))
+
+
+class ManifestError(RefusedError):
+    """A list of files that is malformed, or that names a file which has no place in a checkpoint."""
+
+    code = "invalid_manifest"
+
+
+class CheckpointError(RefusedError):
+    """Files that are not a checkpoint."""
+
+    code = "invalid_checkpoint"
+
+
+class HeaderError(CheckpointError):
+    """A safetensors file whose header is not what the format allows."""
+
+    code = "invalid_safetensors"
+
+
+class BaseModelError(LoradockError):
+    """The base model's own config or weights cannot be read, so nothing can be compared with them."""
+
+    code = "invalid_base"
+
+
+class DigestMismatchError(LoradockError):
+    """Bytes whose sha256 or size is not the announced one."""
+
+    code = "digest_mismatch"
+
+
+class MissingBlobsError(LoradockError):
+    """A manifest that names bytes which the store does not hold."""
+
+    code = "missing_blobs"
+
+    def __init__(self, missing: Sequence[str]) -> None:
+        self.missing: tuple[str, ...] = tuple(missing)
+        super().__init__(
+            f"{len(self.missing)} of the manifest's files were not uploaded, the first is {self.missing[0]}"
+        )
+
+
+class RegistryError(LoradockError):
+    """The registry's database cannot be opened, or is newer than this program."""
+
+    code = "registry"
+
+
+class ServerError(LoradockError):
+    """The server's answer to a client's request was an error. `status` is 0 where there was no answer."""
+
+    code = "server_error"
+
+    def __init__(self, message: str, *, status: int, code: str | None = None, problems: Iterable[Problem] = ()) -> None:
+        super().__init__(message)
+        self.status = status
+        self.problems: tuple[Problem, ...] = tuple(problems)
+        if code is not None:
+            self.code = code
+
+
+class UnreachableError(ServerError):
+    """No server answered."""
+
+    code = "unreachable"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, status=0)

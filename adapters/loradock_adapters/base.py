@@ -1,0 +1,149 @@
+"""What the gate needs to know of the served base model: which modules it has, and their shapes.
+
+From the headers of its weights where they are local (exact, any architecture), else derived from config.json for the
+llama-like families and GPT-2. Loads no weights, and does not know what an engine makes of the architecture
+(engine_rules.py).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loradock_adapters.base_shapes import derived_modules, text_config
+from loradock_adapters.checkpoint import MAX_CONFIG_BYTES, MODEL_CONFIG, resolve_checkpoint_dir
+from loradock_adapters.errors import BaseModelError, HeaderError, NotFoundError
+from loradock_adapters.safetensors_header import read_header
+
+EMBEDDING_NAMES = frozenset(
+    {"embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "embed_in", "embed_out", "embedding"}
+)
+"""Last parts of the names that modules over the vocabulary or over positions go by."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The served base, as far as an adapter can touch it."""
+
+    config: Mapping[str, Any]
+    architectures: tuple[str, ...]
+    modules: Mapping[str, tuple[int, int]]
+    """Module name -> (out_features, in_features); an embedding is (vocabulary, hidden)."""
+    hidden_size: int | None
+    vocab_size: int | None
+    exact: bool
+    """True where `modules` comes from the weights themselves: then a module that is not listed does not exist."""
+    tied: bool
+    """The output matrix is the input embedding."""
+    model_id: str | None = None
+    """What it is served as: a hub id or a path; only for messages."""
+    weights_sha256: str | None = field(default=None)
+    """passport.weights_sha256() of the base, where somebody has computed it."""
+
+    @property
+    def known(self) -> bool:
+        """Whether adapters can be compared with it at all."""
+        return bool(self.modules)
+
+    @property
+    def embedding_modules(self) -> frozenset[str]:
+        return frozenset(name for name in self.modules if is_embedding(name))
+
+
+def is_embedding(module: str) -> bool:
+    return module.rpartition(".")[2] in EMBEDDING_NAMES
+
+
+def base_from(
+    source: Path | str | Mapping[str, Any], *, model_id: str | None = None, weights_sha256: str | None = None
+) -> BaseModel:
+    """The base model in a directory (config.json, with or without weights), or of a parsed config.
+
+    Raises NotFoundError, BaseModelError. An unknown architecture without local weights is no error: `known` is False.
+    """
+    if isinstance(source, Mapping):
+        config, shapes = source, {}
+    else:
+        directory = resolve_checkpoint_dir(Path(source))
+        config = _read_config(directory / MODEL_CONFIG)
+        shapes = _weight_shapes(directory)
+        model_id = model_id if model_id is not None else str(source)
+    text = text_config(config)
+    tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
+    derived = derived_modules(config)
+    modules = _modules_of(shapes, derived, tied) if shapes else derived
+    return BaseModel(
+        config=config,
+        architectures=_architectures(config),
+        modules=modules,
+        hidden_size=_count(text, "hidden_size", "n_embd", "d_model"),
+        vocab_size=_count(text, "vocab_size"),
+        exact=bool(shapes),
+        tied=tied,
+        model_id=model_id,
+        weights_sha256=weights_sha256,
+    )
+
+
+def _modules_of(
+    shapes: Mapping[str, tuple[int, ...]], derived: Mapping[str, tuple[int, int]], tied: bool
+) -> dict[str, tuple[int, int]]:
+    """Modules with a matrix, by the weights' own names. A tied output matrix is not in the file, but is a module."""
+    modules: dict[str, tuple[int, int]] = {}
+    for name, shape in shapes.items():
+        module, _, parameter = name.rpartition(".")
+        if parameter == "weight" and len(shape) == 2:
+            modules[module] = (shape[0], shape[1])
+    if derived and not derived.keys() & modules.keys():
+        # The file's names lack the prefix that the model's own modules have (GPT-2 on the hub: `h.0.attn.c_attn`).
+        return dict(derived)
+    if any(module in modules and modules[module] != shape for module, shape in derived.items()):
+        # Conv1D keeps its matrix transposed; the derived shapes are (out, in) as everywhere else.
+        modules.update(
+            {module: shape for module, shape in derived.items() if module in modules and modules[module] == shape[::-1]}
+        )
+    if tied and "lm_head" not in modules:
+        embedding = next(
+            (shape for name, shape in modules.items() if name.rpartition(".")[2] in ("embed_tokens", "wte")), None
+        )
+        if embedding is not None:
+            modules["lm_head"] = embedding
+    return modules
+
+
+def _weight_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            shapes.update({name: info.shape for name, info in read_header(path).items()})
+        except HeaderError as error:
+            raise BaseModelError(f"the base model's weights cannot be read: {error}") from error
+    return shapes
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise BaseModelError(f"{path} is over the limit of {MAX_CONFIG_BYTES} bytes")
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} does not exist: a base model is a directory with a config.json") from None
+    except (ValueError, RecursionError):
+        raise BaseModelError(f"{path} is not valid JSON") from None
+    if not isinstance(document, dict):
+        raise BaseModelError(f"{path} is not a JSON object")
+    return document
+
+
+def _architectures(config: Mapping[str, Any]) -> tuple[str, ...]:
+    names = config.get("architectures")
+    return tuple(name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
+
+
+def _count(config: Mapping[str, Any], *keys: str) -> int | None:
+    for key in keys:
+        value = config.get(key)
+        if type(value) is int and value > 0:
+            return value
+    return None

@@ -1,0 +1,343 @@
+"""The gate's checks of an adapter: its config, the names and shapes of its tensors, and what the engine can wrap.
+
+A tensor that would land nowhere is the field's most common silent failure (the engine loads it, applies nothing, and
+the base answers): every tensor must name a module that the base has, under the very name that the engine will look for.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loradock_adapters.base import BaseModel, is_embedding
+from loradock_adapters.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
+from loradock_adapters.engine_rules import (
+    FEATURES,
+    FLOAT_DTYPES,
+    KNOWN_SETTINGS,
+    MAX_LM_HEAD_VOCAB,
+    EngineLimits,
+    architecture_rules,
+    ladder_rank,
+)
+from loradock_adapters.findings import Findings
+from loradock_adapters.lora_keys import LoraKey, Part, is_safe_pattern, parse_key, rank_of
+from loradock_adapters.safetensors_header import TensorInfo
+
+_FACTORS: tuple[Part, ...] = ("A", "B", "embedding_A", "embedding_B")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ranks:
+    """The ranks that the config gives, once they are known to be numbers."""
+
+    rank: int
+    pattern: Mapping[str, int]
+
+    @property
+    def largest(self) -> int:
+        return max([self.rank, *self.pattern.values()])
+
+
+def judge_lora(checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLimits, findings: Findings) -> int | None:
+    """Adds everything there is to say about an adapter; returns its largest rank, None where the config has none."""
+    config = checkpoint.config
+    ranks = _judge_config(config, findings) if config else None
+    _judge_files(checkpoint, findings)
+    keys = [parse_key(tensor) for tensor in checkpoint.tensors]
+    _judge_parts(keys, config, findings)
+    factors = _pairs(keys, checkpoint.tensors, findings)
+    if ranks is not None:
+        _judge_factor_ranks(factors, ranks, findings)
+        _judge_limits(ranks, limits, findings)
+    if base is None:
+        findings.remark("base_not_given", "not compared with a base model: none was named", fix="inspect with --base")
+    else:
+        _judge_architecture(base, limits, findings)
+        _judge_against_base(keys, factors, checkpoint, base, findings)
+        _judge_origin(checkpoint, base, findings)
+    return ranks.largest if ranks is not None else None
+
+
+def _judge_config(config: Mapping[str, Any], findings: Findings) -> _Ranks | None:
+    peft_type = config.get("peft_type", "LORA")
+    if peft_type != "LORA":
+        message = f"{ascii(peft_type)[:40]} adapters are not served, only LORA"
+        findings.refuse("peft_type", message, ADAPTER_CONFIG, "convert it with PEFT's save_as_lora, or train a LoRA")
+    for feature in FEATURES:
+        if feature.used(config.get(feature.setting)):
+            add = findings.detour if feature.outcome == "dedicated" else findings.refuse
+            add(feature.code, feature.message, f"{ADAPTER_CONFIG}: {feature.setting}", feature.fix)
+    unknown = sorted(ascii(key)[1:-1][:60] for key in config.keys() - KNOWN_SETTINGS if config[key])
+    findings.remark_all("unknown_setting", "a setting that the engine ignores", unknown)
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        findings.refuse("lora_alpha", "lora_alpha is not a number", f"{ADAPTER_CONFIG}: lora_alpha")
+    if not isinstance(config.get("target_modules"), str | list) and not config.get("target_parameters"):
+        message = "target_modules is neither a list of names nor a pattern"
+        findings.refuse("target_modules", message, f"{ADAPTER_CONFIG}: target_modules")
+    _judge_patterns("alpha_pattern", config.get("alpha_pattern"), int | float, findings)
+    pattern_fine = _judge_patterns("rank_pattern", config.get("rank_pattern"), int, findings)
+    rank = config.get("r")
+    if type(rank) is not int or rank <= 0:
+        findings.refuse("rank", f"r is {ascii(rank)[:40]}, not a positive whole number", f"{ADAPTER_CONFIG}: r")
+        return None
+    return _Ranks(rank, config.get("rank_pattern") or {} if pattern_fine else {})
+
+
+def _judge_patterns(setting: str, patterns: object, number: Any, findings: Findings) -> bool:
+    where = f"{ADAPTER_CONFIG}: {setting}"
+    if patterns is None:
+        return True
+    if not isinstance(patterns, Mapping):
+        findings.refuse(setting, f"{setting} is not a map of module patterns to numbers", where)
+        return False
+    unsafe = [ascii(pattern)[:80] for pattern in patterns if not is_safe_pattern(pattern)]
+    findings.refuse_all(
+        "pattern_unsafe",
+        "a pattern that could take very long to match",
+        [f"{where}: {pattern}" for pattern in unsafe],
+        "name modules in full, or with few wildcards",
+    )
+    wrong = [
+        p for p, value in patterns.items() if isinstance(value, bool) or not isinstance(value, number) or value <= 0
+    ]
+    findings.refuse_all(setting, "not a positive number", [f"{where}: {ascii(pattern)[:80]}" for pattern in wrong])
+    return not unsafe and not wrong
+
+
+def _judge_files(checkpoint: Checkpoint, findings: Findings) -> None:
+    others = sorted(n for n in checkpoint.file_names if n.endswith(".safetensors") and n != ADAPTER_WEIGHTS)
+    findings.refuse_all(
+        "two_checkpoints",
+        "weights beside those of the adapter, which would not be served",
+        others,
+        "publish the adapter and the merged model as two models",
+    )
+    if ADAPTER_WEIGHTS not in checkpoint.file_names:
+        findings.refuse("weights_missing", "the adapter's weights are missing", ADAPTER_WEIGHTS)
+
+
+def _judge_parts(keys: list[LoraKey], config: Mapping[str, Any], findings: Findings) -> None:
+    """Tensors that are not a pair of LoRA factors, by what they are."""
+    by_part: dict[Part, list[str]] = defaultdict(list)
+    for key in keys:
+        by_part[key.part].append(key.tensor)
+    kept_bases = [key for key in keys if key.part == "base_layer"]
+    ignored = [
+        key.tensor
+        for key in kept_bases
+        if key.tensor.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight"))
+    ]
+    findings.remark_all(
+        "base_matrix_inside",
+        "the base's own matrix, saved beside the adapter; the engine ignores it",
+        ignored,
+        "save_pretrained(..., save_embedding_layers=False) makes the file smaller",
+    )
+    findings.refuse_all(
+        "unsupported_tensor",
+        "not a tensor of a LoRA adapter; the engine fails on it",
+        [*by_part["unknown"], *(key.tensor for key in kept_bases if key.tensor not in ignored)],
+        "save the adapter with PEFT's save_pretrained",
+    )
+    if not config.get("use_dora"):
+        findings.detour_all("dora", "a DoRA magnitude; it cannot be swapped", by_part["magnitude"])
+    if not config.get("lora_bias"):
+        findings.detour_all("lora_bias", "a bias beside a LoRA matrix; it cannot be swapped", by_part["lora_bias"])
+    if config.get("bias", "none") == "none":
+        findings.detour_all("trained_bias", "a trained bias; it cannot be swapped", by_part["bias"])
+    if not config.get("trainable_token_indices"):
+        findings.detour_all(
+            "trainable_tokens", "retrained token rows; they cannot be swapped", by_part["trained_tokens"]
+        )
+    if not config.get("modules_to_save"):
+        findings.detour_all(
+            "full_tensor",
+            "a whole matrix of the base; it cannot be swapped",
+            by_part["full"],
+            "if it was not trained, save with save_embedding_layers=False",
+        )
+    if not keys or not any(key.part in _FACTORS for key in keys):
+        message = "no LoRA tensor inside: nothing was trained, or it was saved from the wrong process"
+        findings.refuse("no_lora_tensors", message, ADAPTER_WEIGHTS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """Both factors of one module's change: B @ A has the module's shape, or its transpose for an embedding."""
+
+    module: str
+    embedding: bool
+    a: TensorInfo  # [rank, in]
+    b: TensorInfo  # [out, rank]
+
+
+def _pairs(keys: list[LoraKey], tensors: Mapping[str, TensorInfo], findings: Findings) -> list[_Pair]:
+    found: dict[tuple[str, bool], dict[str, LoraKey]] = defaultdict(dict)
+    twice: list[str] = []
+    for key in keys:
+        if key.part in _FACTORS:
+            factors = found[key.module, key.part.startswith("embedding")]
+            if key.part[-1] in factors:
+                twice.append(key.tensor)
+            factors[key.part[-1]] = key
+    findings.refuse_all("tensor_twice", "the same factor under two names", twice)
+    pairs = []
+    lonely = []
+    for (module, embedding), factors in found.items():
+        if len(factors) == 2:
+            pairs.append(_Pair(module, embedding, tensors[factors["A"].tensor], tensors[factors["B"].tensor]))
+        else:
+            lonely.append(next(iter(factors.values())).tensor)
+    fix = "save the adapter again, from all processes where weights are sharded"
+    findings.refuse_all("factor_missing", "one of the factors A and B without the other", lonely, fix)
+    wrong_dtype = [pair.module for pair in pairs if not {pair.a.dtype, pair.b.dtype} <= FLOAT_DTYPES]
+    findings.refuse_all("adapter_dtype", f"adapter matrices are one of {', '.join(sorted(FLOAT_DTYPES))}", wrong_dtype)
+    return pairs
+
+
+def _judge_factor_ranks(pairs: list[_Pair], ranks: _Ranks, findings: Findings) -> None:
+    """The engine scales by the config's rank, so a tensor of another rank would be scaled wrongly."""
+    for pair in pairs:
+        if len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
+            continue  # said by the shape check
+        rank = rank_of(pair.module, ranks.rank, ranks.pattern)
+        if not pair.a.shape[0] == pair.b.shape[1] == rank:
+            message = f"A has rank {pair.a.shape[0]} and B {pair.b.shape[1]}, the config says {rank}"
+            findings.refuse("rank_mismatch", message, pair.module)
+
+
+def _judge_limits(ranks: _Ranks, limits: EngineLimits, findings: Findings) -> None:
+    rank = ranks.largest
+    if rank <= limits.max_lora_rank:
+        return
+    step = ladder_rank(rank)
+    fix = f"serve with engine.max_lora_rank: {step}" if step else "no engine setting reaches that rank; 512 is the last"
+    message = f"rank {rank} is over the engine's max_lora_rank {limits.max_lora_rank}"
+    findings.detour("rank_over_limit", message, f"{ADAPTER_CONFIG}: r", fix)
+
+
+def _judge_architecture(base: BaseModel, limits: EngineLimits, findings: Findings) -> None:
+    if not limits.enable_lora:
+        findings.detour("engine_without_lora", "the base's engine runs without LoRA")
+        return
+    rules = [architecture_rules(name) for name in base.architectures]
+    if not any(rule is not None and rule.lora for rule in rules):
+        names = ", ".join(base.architectures) or "the base's architecture"
+        findings.detour("architecture_without_lora", f"the engine has no LoRA for {names}")
+
+
+def _judge_against_base(
+    keys: list[LoraKey], pairs: list[_Pair], checkpoint: Checkpoint, base: BaseModel, findings: Findings
+) -> None:
+    if not base.known:
+        message = "the base's modules are not known here, so names and shapes cannot be checked"
+        findings.refuse("base_unknown", message, base.model_id or "", "give a directory that holds the base's weights")
+        return
+    touched = dict.fromkeys(key.module for key in keys if key.part != "unknown")
+    strangers = [module for module in touched if module not in base.modules]
+    findings.refuse_all(
+        "module_not_in_base",
+        f"the base has no such module{_near(strangers, base)}",
+        strangers,
+        "train on the base that is served, or re-name the tensors to its modules",
+    )
+    for pair in pairs:
+        if pair.module in base.modules:
+            _judge_shape(pair, base, findings)
+    for key in keys:
+        if key.part in ("full", "base_layer") and key.module in base.modules:
+            _judge_full_shape(key, checkpoint.tensors[key.tensor], base, findings)
+    _judge_embeddings(pairs, base, findings)
+    _judge_targets(checkpoint.config.get("target_modules"), pairs, base, findings)
+
+
+def _judge_shape(pair: _Pair, base: BaseModel, findings: Findings) -> None:
+    out_features, in_features = base.modules[pair.module]
+    if pair.embedding:  # the base's [vocab, hidden] is looked up, not multiplied: A [rank, vocab], B [hidden, rank]
+        out_features, in_features = in_features, out_features
+    if pair.embedding != (is_embedding(pair.module) and not pair.module.endswith(("lm_head", "embed_out"))):
+        kind = "an embedding" if pair.embedding else "a linear layer"
+        findings.refuse("factor_kind", f"factors of {kind} on a module that is none", pair.module)
+        return
+    if len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
+        findings.refuse(
+            "shape_mismatch", f"A {list(pair.a.shape)} and B {list(pair.b.shape)}: not matrices", pair.module
+        )
+        return
+    if pair.a.shape[1] != in_features:
+        message = f"A takes {pair.a.shape[1]} inputs, the base's module {in_features}"
+        findings.refuse("shape_mismatch", message, pair.module)
+    if pair.b.shape[0] != out_features:
+        message = f"B gives {pair.b.shape[0]} outputs, the base's module {out_features}"
+        findings.refuse("shape_mismatch", message, pair.module)
+
+
+def _judge_full_shape(key: LoraKey, tensor: TensorInfo, base: BaseModel, findings: Findings) -> None:
+    expected = base.modules[key.module]
+    if tensor.shape not in (expected, expected[::-1]):
+        message = f"a matrix of {list(tensor.shape)}, the base's is {list(expected)}"
+        code = "vocab_mismatch" if is_embedding(key.module) else "shape_mismatch"
+        fix = "train without resizing the vocabulary, or publish the merged model" if code == "vocab_mismatch" else ""
+        findings.refuse(code, message, key.tensor, fix)
+
+
+def _judge_embeddings(pairs: list[_Pair], base: BaseModel, findings: Findings) -> None:
+    allowed = {m for name in base.architectures if (rules := architecture_rules(name)) for m in rules.embedding_modules}
+    for pair in pairs:
+        name = pair.module.rpartition(".")[2]
+        if pair.module not in base.modules or not is_embedding(pair.module):
+            continue
+        if name not in allowed:
+            architecture = ", ".join(base.architectures)
+            findings.detour("embedding_lora", f"the engine cannot wrap {name} of {architecture}", pair.module)
+        elif name == "lm_head" and base.modules[pair.module][0] > MAX_LM_HEAD_VOCAB:
+            message = f"a vocabulary of {base.modules[pair.module][0]} is over the engine's limit {MAX_LM_HEAD_VOCAB}"
+            findings.detour("vocab_over_limit", message, pair.module)
+
+
+def _judge_targets(targets: object, pairs: list[_Pair], base: BaseModel, findings: Findings) -> None:
+    """Names that the config targets and no tensor answers: harmless for the engine, but perhaps not what was meant."""
+    if not isinstance(targets, list):
+        return
+    have = [pair.module for pair in pairs]
+    idle = [
+        target
+        for target in targets
+        if isinstance(target, str) and not any(m == target or m.endswith(f".{target}") for m in have)
+    ]
+    absent = [target for target in idle if not any(m == target or m.endswith(f".{target}") for m in base.modules)]
+    findings.remark_all("target_not_in_base", "the base has no module of this name", absent)
+    findings.remark_all("target_without_tensors", "targeted, but nothing was saved for it", sorted({*idle} - {*absent}))
+
+
+def _judge_origin(checkpoint: Checkpoint, base: BaseModel, findings: Findings) -> None:
+    trained_on = checkpoint.config.get("base_model_name_or_path")
+    if isinstance(trained_on, str) and base.model_id is not None:
+        names = [name.rstrip("/").rpartition("/")[2] for name in (trained_on, base.model_id)]
+        if names[0] != names[1]:
+            message = f"trained on {ascii(names[0])[:80]}, served on {ascii(names[1])[:80]}: make sure it is the same"
+            findings.remark("base_name", message, ADAPTER_CONFIG)
+    passport = checkpoint.passport
+    if passport is None or passport.base.weights_sha256 is None or base.weights_sha256 is None:
+        return
+    if passport.base.weights_sha256 != base.weights_sha256:
+        findings.refuse(
+            "base_weights_differ",
+            f"trained on weights {passport.base.weights_sha256[:12]}, the served base has {base.weights_sha256[:12]}",
+            "loradock.json: base.weights_sha256",
+            f"serve the base that it was trained on ({ascii(passport.base.model_id)[1:-1][:120]})",
+        )
+
+
+def _near(strangers: list[str], base: BaseModel) -> str:
+    """What the base calls the first of them, where it has it under another prefix."""
+    for stranger in strangers[:1]:
+        parts = stranger.split(".")
+        for start in range(len(parts) - 1):
+            tail = "." + ".".join(parts[start:])
+            match = next((module for module in base.modules if f".{module}".endswith(tail)), None)
+            if match is not None:
+                return f"; it calls it {match}"
+    return ""

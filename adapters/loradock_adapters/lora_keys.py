@@ -1,0 +1,94 @@
+"""The names of an adapter's tensors, taken apart as the engine does it (vllm/lora/utils.py parse_fine_tuned_lora_name).
+
+    base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight   ->  model.layers.0.self_attn.q_proj, A
+    base_model.model.model.embed_tokens.lora_embedding_B             ->  model.embed_tokens, B of an embedding
+
+Pure text: whether such a module exists, and with which shape, is the gate's question.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+PEFT_PREFIX = "base_model.model."
+
+Part = Literal[
+    "A",
+    "B",
+    "embedding_A",
+    "embedding_B",
+    "magnitude",
+    "lora_bias",
+    "trained_tokens",
+    "base_layer",
+    "full",
+    "bias",
+    "unknown",
+]
+
+_SUFFIXES: tuple[tuple[str, Part], ...] = (
+    (".lora_A.weight", "A"),
+    (".lora_B.weight", "B"),
+    (".lora_embedding_A", "embedding_A"),
+    (".lora_embedding_B", "embedding_B"),
+    (".lora_magnitude_vector.weight", "magnitude"),
+    (".lora_magnitude_vector", "magnitude"),
+    (".lora_B.bias", "lora_bias"),
+    (".token_adapter.trainable_tokens_delta", "trained_tokens"),
+    (".trainable_tokens_delta", "trained_tokens"),
+    (".base_layer.weight", "base_layer"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraKey:
+    """One tensor of an adapter: which part of which module's change it is."""
+
+    tensor: str
+    module: str
+    part: Part
+
+
+def parse_key(tensor: str) -> LoraKey:
+    name = tensor.removeprefix(PEFT_PREFIX)
+    for suffix, part in _SUFFIXES:
+        if name.endswith(suffix):
+            return LoraKey(tensor, name.removesuffix(suffix), part)
+    module, _, parameter = name.rpartition(".")
+    if "lora_" in name or not module:
+        return LoraKey(tensor, name, "unknown")
+    plain: dict[str, Part] = {"weight": "full", "bias": "bias"}
+    return LoraKey(tensor, module, plain.get(parameter, "unknown"))
+
+
+# PEFT matches a pattern's key as a regular expression. A hostile one would hang the engine, which evaluates it in its
+# loop: no nested repetition, and few repetitions at all.
+_MAX_PATTERN_CHARS = 256
+_SAFE_PATTERN = re.compile(r"[\w.^$\\|()\[\]*+?:-]*")
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+_MAX_REPETITIONS = 3
+
+
+def is_safe_pattern(pattern: str) -> bool:
+    """Whether a module-name pattern is one that cannot take long to match."""
+    if len(pattern) > _MAX_PATTERN_CHARS or not _SAFE_PATTERN.fullmatch(pattern):
+        return False
+    if _REPEATED_GROUP.search(pattern) or sum(pattern.count(sign) for sign in "*+?") > _MAX_REPETITIONS:
+        return False
+    try:
+        re.compile(f"(.*\\.)?({pattern})$")
+    except re.error:
+        return False
+    return True
+
+
+def rank_of(module: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
+    """The rank that PEFT and the engine take for a module: the first matching pattern, else `rank`.
+
+    Only for patterns that `is_safe_pattern`.
+    """
+    for pattern, patterned_rank in rank_pattern.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return patterned_rank
+    return rank

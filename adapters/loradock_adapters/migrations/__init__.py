@@ -1,0 +1,1 @@
+"""Alembic migrations of the registry, applied when it is opened (registry.py)."""

@@ -1,0 +1,227 @@
+"""Names that point at immutable versions, in SQL.
+
+A name's pointer moves in one transaction, and only after the version that it will point at is written. Numbers count up
+for a name and are never given out twice, not even after the name was deleted: `name@3` means one thing for ever. Does
+not know where the bytes are (store.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from loradock_adapters.checkpoint import Checkpoint, Kind
+from loradock_adapters.errors import NotFoundError
+from loradock_adapters.gate import Placement, Verdict
+from loradock_adapters.manifest import Manifest
+from loradock_adapters.names import ModelRef, check_name, parse_ref
+from loradock_adapters.problems import Problem
+from loradock_adapters.registry_schema import WRITES, models, open_database, versions
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """What a checkpoint brings along that serving it needs."""
+
+    chat_template: str | None = None
+    stop_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Details":
+        return cls(checkpoint.chat_template, checkpoint.stop_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable version of a name."""
+
+    name: str
+    number: int
+    digest: str
+    """`sha256:<64 hex>` of its manifest."""
+    kind: Kind
+    placement: Placement
+    reasons: tuple[Problem, ...]
+    rank: int | None
+    size_bytes: int
+    created_at: datetime
+    """UTC."""
+    chat_template: str | None
+    stop_token_ids: tuple[int, ...]
+    current: bool
+    """Whether the name points at it."""
+    created: bool = False
+    """Whether the call that returned it made it."""
+
+    @property
+    def ref(self) -> ModelRef:
+        return ModelRef(self.name, version=self.number)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    names: int
+    versions: int
+    digests: int
+
+
+class Registry:
+    """The registry at a database URL. Threads may share it, and processes may share the database."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = open_database(url)
+        self._writer = self._engine.execution_options(**{WRITES: True})
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def publish(self, name: str, manifest: Manifest, verdict: Verdict, details: Details | None = None) -> Version:
+        """Makes the next version of a name and points the name at it.
+
+        The same bytes as the current version are no new version: that one is returned, with `created` False.
+        """
+        check_name(name)
+        if verdict.placement == "rejected":
+            raise ValueError("a rejected checkpoint has no version")
+        with self._writer.begin() as connection:
+            model = connection.execute(sa.select(models).where(models.c.name == name).with_for_update()).one_or_none()
+            if model is None:
+                connection.execute(sa.insert(models).values(name=name, current_number=None, last_number=0))
+            elif model.current_number is not None:
+                current = _read(connection, name, versions.c.number == model.current_number)
+                if current is not None and current.digest == manifest.digest:
+                    return current
+            number = 1 if model is None else model.last_number + 1
+            row = _row(name, number, manifest, verdict, details or Details())
+            connection.execute(sa.insert(versions).values(row))
+            connection.execute(
+                sa.update(models).where(models.c.name == name).values(current_number=number, last_number=number)
+            )
+            return _version(row, current_number=number, created=True)
+
+    def resolve(self, ref: ModelRef | str) -> Version:
+        """The version that a reference means now. Raises NotFoundError, InvalidNameError for text that is none."""
+        if isinstance(ref, str):
+            ref = parse_ref(ref)
+        if ref.version is not None:
+            which = versions.c.number == ref.version
+        elif ref.digest is not None:
+            which = versions.c.digest == ref.digest
+        else:
+            which = versions.c.number == models.c.current_number
+        with self._engine.connect() as connection:
+            version = _read(connection, ref.name, which)
+        if version is None:
+            raise NotFoundError(f"there is no model {ref}")
+        return version
+
+    def models(self) -> list[Version]:
+        """The current version of every name, by name."""
+        with self._engine.connect() as connection:
+            query = _query().where(versions.c.number == models.c.current_number).order_by(versions.c.name)
+            return [_version(row._mapping, row.current_number) for row in connection.execute(query)]
+
+    def versions(self, name: str) -> list[Version]:
+        """All versions of a name, the newest first. Raises NotFoundError if there are none."""
+        with self._engine.connect() as connection:
+            query = _query().where(versions.c.name == name).order_by(versions.c.number.desc())
+            found = [_version(row._mapping, row.current_number) for row in connection.execute(query)]
+        if not found:
+            raise NotFoundError(f"there is no model {name}")
+        return found
+
+    def manifest(self, version: Version) -> Manifest:
+        """The files of a version."""
+        where = (versions.c.name == version.name) & (versions.c.number == version.number)
+        with self._engine.connect() as connection:
+            document = connection.execute(sa.select(versions.c.manifest).where(where)).scalar_one_or_none()
+        if document is None:
+            raise NotFoundError(f"there is no model {version.ref}")
+        return Manifest.from_json(document)
+
+    def set_current(self, name: str, number: int) -> Version:
+        """Points a name at one of its versions."""
+        with self._writer.begin() as connection:
+            version = _read(connection, name, versions.c.number == number)
+            if version is None:
+                raise NotFoundError(f"there is no version {number} of {name}")
+            connection.execute(sa.update(models).where(models.c.name == name).values(current_number=number))
+            return replace(version, current=True)
+
+    def delete(self, name: str) -> list[Version]:
+        """Removes a name and its versions, and returns these. Their bytes stay where they are."""
+        with self._writer.begin() as connection:
+            query = (
+                _query().where(versions.c.name == name).order_by(versions.c.number.desc()).with_for_update(of=models)
+            )
+            removed = [_version(row._mapping, row.current_number) for row in connection.execute(query)]
+            if not removed:
+                raise NotFoundError(f"there is no model {name}")
+            connection.execute(sa.delete(versions).where(versions.c.name == name))
+            connection.execute(sa.update(models).where(models.c.name == name).values(current_number=None))
+            return removed
+
+    def digests(self) -> set[str]:
+        """The digests of all versions: what the store must keep."""
+        with self._engine.connect() as connection:
+            return set(connection.execute(sa.select(versions.c.digest).distinct()).scalars())
+
+    def counts(self) -> Counts:
+        query = sa.select(
+            sa.func.count(sa.distinct(versions.c.name)), sa.func.count(), sa.func.count(sa.distinct(versions.c.digest))
+        ).select_from(versions)
+        with self._engine.connect() as connection:
+            names, numbers, digests = connection.execute(query).one()
+        return Counts(names, numbers, digests)
+
+
+_SHOWN = [column for column in versions.c if column.name != "manifest"]
+
+
+def _query() -> sa.Select[Any]:
+    joined = versions.join(models, models.c.name == versions.c.name)
+    return sa.select(*_SHOWN, models.c.current_number).select_from(joined)
+
+
+def _read(connection: sa.Connection, name: str, which: sa.ColumnElement[bool]) -> Version | None:
+    """One version of a name. A digest may have several numbers, after a rollback by upload: the newest counts."""
+    query = _query().where(versions.c.name == name, which).order_by(versions.c.number.desc()).limit(1)
+    row = connection.execute(query).one_or_none()
+    return None if row is None else _version(row._mapping, row.current_number)
+
+
+def _row(name: str, number: int, manifest: Manifest, verdict: Verdict, details: Details) -> dict[str, Any]:
+    return {
+        "name": name,
+        "number": number,
+        "digest": manifest.digest,
+        "kind": verdict.kind,
+        "placement": verdict.placement,
+        "reasons": [reason.to_json() for reason in verdict.reasons],
+        "rank": verdict.rank,
+        "size_bytes": manifest.size_bytes,
+        "created_at": datetime.now(UTC),
+        "chat_template": details.chat_template,
+        "stop_token_ids": list(details.stop_token_ids),
+        "manifest": manifest.to_json(),
+    }
+
+
+def _version(row: Mapping[str, Any] | sa.RowMapping, current_number: int | None, *, created: bool = False) -> Version:
+    return Version(
+        name=row["name"],
+        number=row["number"],
+        digest=row["digest"],
+        kind=row["kind"],
+        placement=row["placement"],
+        reasons=tuple(Problem.from_json(reason) for reason in row["reasons"]),
+        rank=row["rank"],
+        size_bytes=row["size_bytes"],
+        created_at=row["created_at"],
+        chat_template=row["chat_template"],
+        stop_token_ids=tuple(row["stop_token_ids"]),
+        current=row["number"] == current_number,
+        created=created,
+    )
