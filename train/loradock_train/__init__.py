@@ -1,1 +1,33 @@
-"""From a YAML to a checkpoint."""
+"""From a YAML to a checkpoint.
+
+    from loradock_train import train
+
+    run = train("lora.yaml")              # or a TrainConfig, or a dict with the YAML's keys
+    print(run.checkpoint, run.final_eval_loss)
+
+Importing this package is cheap: torch and transformers are imported when training starts, so that `loradock --help` is quick.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loradock_train.config import TrainConfig
+    from loradock_train.config_file import load_config
+    from loradock_train.run import Run, train
+
+__all__ = ["Run", "TrainConfig", "load_config", "train"]
+
+_HOMES = {
+    "Run": "loradock_train.run",
+    "TrainConfig": "loradock_train.config",
+    "load_config": "loradock_train.config_file",
+    "train": "loradock_train.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

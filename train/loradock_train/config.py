@@ -1,0 +1,272 @@
+"""The configuration of a training run: one frozen, typed object.
+
+Knows every key, its unit, default and bounds. Does not read files (config_file.py does), and does not look at data or models.
+The keys are those of the LoRA-vs-full template this project grew from; ours stand beside them. Presence of `lora_config`
+alone decides between LoRA and full-parameter training.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+OPTIMISERS = (
+    "adamw_torch_fused",
+    "adamw_torch",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "adafactor",
+    "sgd",
+)
+KNOWN_PLACEHOLDERS = ("instruction", "input")
+
+
+def _as_tuple(value: Any) -> Any:
+    """A single path stands for a list of one; YAML lists become tuples, since the config is frozen."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _list_as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_list_as_tuple)]
+
+
+class Section(BaseModel):
+    """What every part of the configuration shares: strict types, frozen, unknown keys refused."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class LoraOptions(Section):
+    """The low-rank adapter. Its presence in the YAML makes the run a LoRA run. The fields are PEFT's `LoraConfig`'s."""
+
+    r: int = Field(8, ge=1, le=4096)
+    """Rank: the inner size of the two low-rank matrices. Default 8, minimum 1. vLLM serves up to its max_lora_rank."""
+
+    lora_alpha: float = Field(16, gt=0)
+    """The update is scaled by lora_alpha / r (or lora_alpha / sqrt(r) with use_rslora). Default 16."""
+
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the adapter's inputs dropped during training, 0 up to 1. Default 0."""
+
+    target_modules: Names | Literal["all-linear"] = "all-linear"
+    """Names of the modules that get an adapter, or `all-linear`: every linear layer but the head. `embed_tokens` and `lm_head` may be named."""
+
+    exclude_modules: Names = ()
+    """Names that are left out although `target_modules` matches them. Default none."""
+
+    modules_to_save: Names = ()
+    """Modules trained in full and saved whole beside the adapter. Default none. Such a checkpoint needs a dedicated engine."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained. Default none; anything else needs a dedicated engine."""
+
+    fan_in_fan_out: bool = False
+    """True where weights are stored as (in, out), as GPT-2's Conv1D does. PEFT sets it itself for such layers. Default false."""
+
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    """How A and B start. True: A uniform, B zero (the adapter starts as nothing). Default true."""
+
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """The task. Only CAUSAL_LM."""
+
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r): steadier at high ranks. Default false."""
+
+    use_dora: bool = False
+    """Weight-decomposed LoRA. Default false; true needs a dedicated engine."""
+
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Module name (or regular expression) to a rank of its own. Default none."""
+
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Module name (or regular expression) to a lora_alpha of its own. Default none."""
+
+
+class TokenizerOptions(Section):
+    """Where the tokenizer of a from-scratch model comes from: a path or hub id, or trained on the run's own data."""
+
+    path: str | None = None
+    """Directory or hub id of an existing tokenizer. Default: none, one is trained."""
+
+    train_vocab_size: int | None = Field(None, ge=300)
+    """Entries of the byte-level BPE trained on the training data, special tokens included. Minimum 300."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.train_vocab_size is None):
+            raise ValueError("give exactly one of path and train_vocab_size")
+        return self
+
+
+class TrainConfig(Section):
+    """Everything that decides a training run."""
+
+    # ---- what to start from -------------------------------------------------------------------------------------
+    model_id: str | None = None
+    """Hub id, or path of a model directory (the `checkpoint` of another run, too). Or give `model` instead."""
+
+    model: dict[str, Any] | None = None
+    """Architecture to train from scratch: `model_type` (llama, qwen3, gpt2, …) and any field of that transformers config."""
+
+    tokenizer: TokenizerOptions | None = None
+    """The tokenizer of a from-scratch model. With `model_id` the model's own is used."""
+
+    lora_config: LoraOptions | None = None
+    """The adapter. Present: LoRA. Absent: full-parameter training."""
+
+    # ---- data -----------------------------------------------------------------------------------------------------
+    train_path: Paths
+    """Training data: a .jsonl or .txt file, a directory of them, or a list. Relative paths are relative to the YAML."""
+
+    valid_path: Paths | None = None
+    """Validation data, in the same format. Default none: no validation loss."""
+
+    format: Literal["auto", "chat", "instruction", "completion", "text"] = "auto"
+    """What the rows are. `auto` decides by the keys, and every row must agree. Default auto."""
+
+    prompt_template: str | None = None
+    """Prompt of an instruction row, with {instruction} and {input}. Default: the Alpaca prompt."""
+
+    chat_template: str | None = None
+    """Jinja chat template, or the path of a .jinja file. Default: the tokenizer's own, else ChatML for chat rows."""
+
+    append_eos: bool = True
+    """End each answer and document with the end-of-text token, so that the model learns to stop. Default true."""
+
+    context_length: int = Field(512, ge=8)
+    """Longest row, in tokens. Default 512, minimum 8."""
+
+    on_long_rows: Literal["error", "truncate", "drop"] = "error"
+    """What to do with rows over context_length: stop and name them, cut their end, or leave them out (both counted). Default error."""
+
+    packing: bool | None = None
+    """Raw text only: join documents and cut them into rows of context_length tokens. Default: on for raw text."""
+
+    # ---- how long -------------------------------------------------------------------------------------------------
+    num_epochs: float | None = Field(None, gt=0)
+    """Passes over the training data. Default 3, or no limit when max_steps or max_time_s is given. The first limit reached ends the run."""
+
+    max_steps: int | None = Field(None, ge=1)
+    """Most optimiser steps. Default no limit."""
+
+    max_time_s: float | None = Field(None, gt=0)
+    """Seconds of training, without loading and export; the learning-rate schedule follows the clock. Default no limit."""
+
+    # ---- batches --------------------------------------------------------------------------------------------------
+    train_batch_size_per_device: int = Field(16, ge=1)
+    """Rows a device takes at once. Default 16."""
+
+    eval_batch_size_per_device: int = Field(16, ge=1)
+    """Rows a device takes at once in validation. Default 16."""
+
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Batches whose gradients are added before a step. Default 1. N x batch 1 gives the same step as batch N."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower. Default false."""
+
+    group_by_length: bool = True
+    """Put rows of like length in a batch, so that little is padded. Order stays random beyond that. Default true."""
+
+    # ---- optimisation -----------------------------------------------------------------------------------------------
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate. Default 1e-4 for LoRA, 1e-5 for full-parameter, 1e-3 from scratch."""
+
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up. Default cosine, to zero."""
+
+    warmup_steps: float = Field(0, ge=0)
+    """Steps over which the learning rate rises; below 1, a share of the whole run. Default 0."""
+
+    optim: Literal[OPTIMISERS] = "adamw_torch_fused"  # type: ignore[valid-type]
+    """Optimiser, by its transformers name. Default adamw_torch_fused. The 8-bit ones need bitsandbytes."""
+
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    """Decay of Adam's second moment. Default 0.999; 0.95 is usual from scratch."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only. Default 0."""
+
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 leaves them. Default 1."""
+
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Seed of initial weights, shuffling and dropout. Default 42."""
+
+    # ---- precision --------------------------------------------------------------------------------------------------
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory. Default auto: float32 where they are trained, the base's own where they are frozen."""
+
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Type of the arithmetic. Default auto: bf16 where the device is quick at it (GPU, or a CPU with AMX or AVX512-BF16), else no."""
+
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the exported weights. Default auto: the base's; from scratch bfloat16 with mixed precision, else float32."""
+
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel. Default auto: what transformers picks."""
+
+    # ---- reports ----------------------------------------------------------------------------------------------------
+    logging_steps: int = Field(10, ge=1)
+    """Steps between two lines of metrics.jsonl. Default 10."""
+
+    eval_steps: int | None = Field(None, ge=1)
+    """Steps between two validations. Default: at the end of every epoch, and at the end of the run."""
+
+    num_probe_prompts: int = Field(4, ge=1, le=16)
+    """Prompts on which the exported checkpoint is compared with the trained model. Default 4."""
+
+    output_dir: str | None = None
+    """Where the run is written (`--output` wins). Default: runs/<name of the YAML>, below the working directory."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.model_id is None) == (self.model is None):
+            raise ValueError("give exactly one of model_id (train an existing model) and model (train from scratch)")
+        return self
+
+    @model_validator(mode="after")
+    def _scratch_fits(self) -> Self:
+        if self.model is not None and self.tokenizer is None:
+            raise ValueError("model (from scratch) needs tokenizer: {train_vocab_size: …} or {path: …}")
+        if self.model is not None and self.lora_config is not None:
+            raise ValueError(
+                "lora_config needs a trained base: a model from scratch has nothing to adapt; remove one of the two"
+            )
+        if self.model_id is not None and self.tokenizer is not None:
+            raise ValueError(
+                "tokenizer belongs to model (from scratch); with model_id the model's own tokenizer is used"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _template_has_instruction(self) -> Self:
+        if self.prompt_template is not None and "{instruction}" not in self.prompt_template:
+            raise ValueError("prompt_template must contain {instruction} (and {input} where rows have one)")
+        return self
+
+    @property
+    def kind(self) -> Literal["lora", "full", "scratch"]:
+        """What the run makes: an adapter, a full-parameter fine-tune, or a model from scratch."""
+        if self.lora_config is not None:
+            return "lora"
+        return "full" if self.model_id is not None else "scratch"
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate given, or the default of the run's kind."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return {"lora": 1e-4, "full": 1e-5, "scratch": 1e-3}[self.kind]
+
+    @property
+    def epoch_limit(self) -> float | None:
+        """Epochs given, 3 when no limit of any sort is given, else None."""
+        if self.num_epochs is not None:
+            return self.num_epochs
+        return 3.0 if self.max_steps is None and self.max_time_s is None else None

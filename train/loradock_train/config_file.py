@@ -1,0 +1,224 @@
+"""From a YAML file and `--set key=value` to a TrainConfig, or to all that is wrong with it.
+
+Every problem names its key, the line of the YAML it stands on, and for an unknown key the nearest known one. Relative paths
+are resolved against the YAML's folder. Old names are translated with a notice, never silently. Knows nothing of training.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from loradock_adapters.errors import UsageError
+from loradock_train.config import LoraOptions, TokenizerOptions, TrainConfig
+from loradock_train.errors import ConfigError, Problem
+
+Keys = tuple[str, ...]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats: PyYAML reads `1e-4` as text, which every learning rate trips over."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
+    """Read, override, translate, validate. Returns the config and notices for the user.
+
+    overrides: `key=value` texts, keys dotted (`lora_config.r=16`), values in YAML.
+    Raises ConfigError (all problems at once) or UsageError (no such file, broken YAML, malformed override).
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the config {path}: {error}") from error
+    values, lines = _parse(text, str(path))
+    for override in overrides:
+        _apply(values, override)
+        lines.pop(tuple(override.partition("=")[0].split(".")), None)
+    return config_from(values, folder=path.resolve().parent, source=str(path), lines=lines)
+
+
+def config_from(
+    values: Mapping[str, Any], folder: Path, source: str = "the config", lines: Mapping[Keys, int] | None = None
+) -> tuple[TrainConfig, list[str]]:
+    """Validate a mapping with the YAML's keys. `folder` is what relative paths are relative to."""
+    lines = lines if lines is not None else {}
+    translated, notices = _translate(values)
+    try:
+        config = TrainConfig.model_validate(translated)
+    except ValidationError as error:
+        problems = list(_problems(error, lines))
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        raise ConfigError(f"{source} has {count}:", problems) from None
+    return _resolve_paths(config, folder), notices
+
+
+# ---- YAML ---------------------------------------------------------------------------------------------------------
+
+
+def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[Keys, int]]:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 0
+        raise UsageError(f"{source}, line {line}: not valid YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"{source}: not valid YAML: {error}") from error
+    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
+        raise UsageError(f"{source}: expected `key: value` lines at the top, found {type(values).__name__}")
+    lines: dict[Keys, int] = {}
+    problems: list[Problem] = []
+    _walk(node, (), lines, problems)
+    if problems:
+        raise ConfigError(f"{source} has keys given twice:", problems)
+    return values, lines
+
+
+def _walk(node: yaml.Node, prefix: Keys, lines: dict[Keys, int], problems: list[Problem]) -> None:
+    """Note the line of every key; YAML lets a second one win in silence, we do not."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        keys = (*prefix, str(key_node.value))
+        line = key_node.start_mark.line + 1
+        if keys in lines:
+            problems.append(Problem(f"line {line}, {'.'.join(keys)}", f"already given on line {lines[keys]}"))
+        lines[keys] = line
+        _walk(value_node, keys, lines, problems)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key. `--set lora_config=null` removes a section."""
+    name, equals, text = override.partition("=")
+    if not equals or not name.strip():
+        raise UsageError(f"--set {override!r}: expected key=value, for example --set lora_config.r=16")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {name}: {text!r} is not a YAML value") from error
+    *sections, last = name.strip().split(".")
+    target = values
+    for section in sections:
+        inner = target.get(section)
+        if inner is None:
+            inner = target[section] = {}
+        if not isinstance(inner, dict):
+            raise UsageError(f"--set {name}: {section} is {inner!r}, not a section")
+        target = inner
+    target[last] = value
+
+
+def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Old names that people's files still carry. Each translation is told."""
+    translated = dict(values)
+    notices: list[str] = []
+    if "warmup_ratio" in translated and "warmup_steps" not in translated:
+        ratio = translated.pop("warmup_ratio")
+        translated["warmup_steps"] = ratio
+        notices.append(f"warmup_ratio: {ratio} is read as warmup_steps: {ratio} (below 1 it is a share of the run)")
+    return translated, notices
+
+
+# ---- problems -------------------------------------------------------------------------------------------------------
+
+
+def _problems(error: ValidationError, lines: Mapping[Keys, int]) -> Iterator[Problem]:
+    seen: set[tuple[str, str]] = set()
+    for detail in error.errors(include_url=False):
+        keys = _key_path(detail["loc"])
+        message = _message(detail, keys)
+        where = ".".join(keys) or "config"
+        if (where, message) in seen:
+            continue  # a union reports once per member
+        seen.add((where, message))
+        line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
+        yield Problem(f"line {line}, {where}" if line is not None else where, message)
+
+
+def _key_path(location: Sequence[str | int]) -> Keys:
+    """Pydantic's location without the names of union members and positions in lists."""
+    keys: list[str] = []
+    section: type[BaseModel] | None = TrainConfig
+    for part in location:
+        if section is None or not isinstance(part, str):
+            break
+        keys.append(part)
+        section = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}.get(part) if len(keys) == 1 else None
+    return tuple(keys)
+
+
+def _message(detail: Any, keys: Keys) -> str:
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"unknown key{_nearest(keys)}"
+    if kind == "missing":
+        return "required, but not given"
+    if kind == "value_error":
+        return str(context["error"])
+    text = str(detail["msg"])
+    text = re.sub(r"^Input should be ", "must be ", text)
+    value = detail["input"]
+    return f"{text}, got {value!r}" if isinstance(value, str | int | float | bool | None) else text
+
+
+def _nearest(keys: Keys) -> str:
+    section: type[BaseModel] = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}.get(keys[0], TrainConfig)
+    if len(keys) == 1:
+        section = TrainConfig
+    names = list(section.model_fields)
+    near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]}?"
+    if len(keys) == 1 and keys[0] in LoraOptions.model_fields:
+        return f"; it belongs under lora_config: (lora_config.{keys[0]})"
+    return f"; known here: {', '.join(names)}" if len(names) <= 16 else ""
+
+
+# ---- paths ------------------------------------------------------------------------------------------------------------
+
+
+def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
+    """Relative data paths belong to the YAML's folder. A model_id is a path when such a directory is there, else a hub id."""
+    update: dict[str, Any] = {"train_path": tuple(str(folder / path) for path in config.train_path)}
+    if config.valid_path is not None:
+        update["valid_path"] = tuple(str(folder / path) for path in config.valid_path)
+    if config.model_id is not None:
+        update["model_id"] = _path_or_hub_id(config.model_id, folder, "model_id")
+    if config.tokenizer is not None and config.tokenizer.path is not None:
+        path = _path_or_hub_id(config.tokenizer.path, folder, "tokenizer.path")
+        update["tokenizer"] = config.tokenizer.model_copy(update={"path": path})
+    if config.chat_template is not None and config.chat_template.endswith(".jinja"):
+        file = folder / config.chat_template
+        if not file.is_file():
+            raise ConfigError("the config has 1 problem:", [Problem("chat_template", f"no such file: {file}")])
+        update["chat_template"] = file.read_text(encoding="utf-8")
+    missing = [
+        Problem(key, f"no such file or directory: {path}")
+        for key in ("train_path", "valid_path")
+        for path in update.get(key, ())
+        if not Path(path).exists()
+    ]
+    if missing:
+        raise ConfigError("the config names files that are not there:", missing)
+    return config.model_copy(update=update)
+
+
+def _path_or_hub_id(name: str, folder: Path, key: str) -> str:
+    path = folder / Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file() and (path / "checkpoint" / "config.json").is_file():
+            path = path / "checkpoint"  # a run directory stands for its checkpoint
+        return str(path.resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigError("the config has 1 problem:", [Problem(key, f"no such directory: {path}")])
+    return name

@@ -1,0 +1,165 @@
+"""From rows to what the trainer eats: token ids and labels in a `datasets.Dataset`, with nothing cut or dropped unsaid.
+
+Also the collator, which pads a batch to its own longest row. Knows nothing of models.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+
+from loradock_train.encode import IGNORED, Encoder, Example
+from loradock_train.errors import DataError, Problem
+from loradock_train.rows import Rows
+
+PAD_TO_MULTIPLE = 8
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows of one split."""
+
+    format: str
+    num_rows: int
+    num_examples: int
+    """Training rows after packing, truncating and dropping."""
+    num_tokens: int
+    num_trained_tokens: int
+    """Tokens with a loss."""
+    longest_tokens: int
+    num_truncated: int
+    num_dropped: int
+    sha256: str
+
+    def notices(self, key: str, context_length: int) -> list[str]:
+        """What the user must hear about."""
+        told: list[str] = []
+        if self.num_truncated:
+            told.append(
+                f"{key}: {self.num_truncated} of {self.num_rows} rows were cut to context_length {context_length}"
+            )
+        if self.num_dropped:
+            told.append(
+                f"{key}: {self.num_dropped} of {self.num_rows} rows over context_length {context_length} were left out"
+            )
+        return told
+
+
+def build_dataset(
+    rows: Rows,
+    encoder: Encoder,
+    context_length: int,
+    on_long_rows: Literal["error", "truncate", "drop"],
+    packing: bool,
+    key: str,
+) -> tuple[datasets.Dataset, DataReport]:
+    """Encode every row. Raises DataError for rows over context_length (unless told otherwise) or without a learnt token."""
+    examples = [encoder.encode(row, rows.format) for row in rows.rows]
+    longest = max(len(example.input_ids) for example in examples)
+    if packing:
+        kept, truncated, dropped = _pack(examples, context_length), 0, 0
+    else:
+        kept, truncated, dropped = _fit(examples, rows, context_length, on_long_rows, key)
+    if not kept or not any(example.num_trained_tokens for example in kept):
+        raise DataError(f"{key} has nothing to learn:", [Problem(key, f"no row fits into {context_length} tokens")])
+    report = DataReport(
+        format=rows.format,
+        num_rows=len(rows.rows),
+        num_examples=len(kept),
+        num_tokens=sum(len(example.input_ids) for example in kept),
+        num_trained_tokens=sum(example.num_trained_tokens for example in kept),
+        longest_tokens=longest,
+        num_truncated=truncated,
+        num_dropped=dropped,
+        sha256=rows.sha256,
+    )
+    return _as_dataset(kept), report
+
+
+def _fit(
+    examples: Sequence[Example], rows: Rows, context_length: int, policy: str, key: str
+) -> tuple[list[Example], int, int]:
+    """Apply `on_long_rows`. Returns the rows kept and the numbers truncated and dropped."""
+    kept: list[Example] = []
+    problems: list[Problem] = []
+    truncated = dropped = 0
+    for row, example in zip(rows.rows, examples, strict=True):
+        num_tokens = len(example.input_ids)
+        if num_tokens <= context_length:
+            if not example.num_trained_tokens:
+                problems.append(Problem(row.where, "nothing to learn: the row has no answer token"))
+            kept.append(example)
+        elif policy == "error":
+            problems.append(Problem(row.where, f"{num_tokens} tokens are over context_length {context_length}"))
+        elif policy == "drop":
+            dropped += 1
+        else:
+            truncated += 1
+            cut = Example(example.input_ids[:context_length], example.labels[:context_length])
+            if not cut.num_trained_tokens:
+                problems.append(
+                    Problem(
+                        row.where,
+                        f"cut to context_length {context_length}, nothing of the answer is left ({num_tokens} tokens)",
+                    )
+                )
+            kept.append(cut)
+    if problems:
+        fix = "" if policy != "error" else " (raise context_length, or set on_long_rows: truncate or drop)"
+        raise DataError(
+            f"{key} has {len(problems)} row{'s' if len(problems) != 1 else ''} that cannot be trained on{fix}:",
+            problems,
+        )
+    return kept, truncated, dropped
+
+
+def _pack(examples: Iterable[Example], context_length: int) -> list[Example]:
+    """Join all documents and cut every context_length tokens. The ragged last piece is kept."""
+    joined = [token for example in examples for token in example.input_ids]
+    pieces = [joined[start : start + context_length] for start in range(0, len(joined), context_length)]
+    if len(pieces) > 1 and len(pieces[-1]) < 2:
+        pieces.pop()  # a single token predicts nothing
+    return [Example(piece, list(piece)) for piece in pieces]
+
+
+def _as_dataset(examples: Sequence[Example]) -> datasets.Dataset:
+    dataset = datasets.Dataset.from_dict(
+        {
+            "input_ids": [np.asarray(example.input_ids, dtype=np.int32) for example in examples],
+            "labels": [np.asarray(example.labels, dtype=np.int32) for example in examples],
+            "length": [len(example.input_ids) for example in examples],
+        }
+    )
+    dataset.set_format("numpy")
+    return dataset
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads a batch on the right to its longest row (a multiple of 8), with the mask that says so.
+
+    B: rows, T: tokens of the longest row.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        width = math.ceil(longest / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE if longest > PAD_TO_MULTIPLE else longest
+        shape = (len(rows), width)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)  # B, T
+        labels = torch.full(shape, IGNORED, dtype=torch.long)  # B, T
+        mask = torch.zeros(shape, dtype=torch.long)  # B, T
+        for index, row in enumerate(rows):
+            length = len(row["input_ids"])
+            input_ids[index, :length] = torch.as_tensor(row["input_ids"])
+            labels[index, :length] = torch.as_tensor(row["labels"])
+            mask[index, :length] = 1
+        labels[:, 0] = IGNORED  # nothing comes before the first token: it is never predicted, so it must not be counted
+        batch = {"input_ids": input_ids, "labels": labels}
+        # Without padding no mask: attention then takes its causal fast path.
+        return batch if bool(mask.all()) else {**batch, "attention_mask": mask}

@@ -1,0 +1,193 @@
+"""From a row to token ids and labels. The labels decide what is learnt, so nothing here guesses.
+
+What the server will tokenise is what is trained: a completion's prompt is tokenised alone, special tokens as the tokenizer
+adds them, exactly as `/v1/completions` does; a chat goes through the chat template, with the generation prompt, exactly as
+`/v1/chat/completions` does. Answers are appended as ids of their own: no offsets, no decoding, no search for markers.
+
+Labels are those of transformers: one per token, -100 where nothing is learnt; models shift by one themselves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from loradock_train.errors import DataError, Problem
+from loradock_train.rows import Format, Row
+
+IGNORED = -100
+
+ALPACA_HEAD = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes the request.\n\n"
+)
+ALPACA_WITH_INPUT = ", paired with an input that provides further context"
+
+
+class Tokenizer(Protocol):
+    """What is needed of a transformers tokenizer."""
+
+    eos_token_id: int | None
+    chat_template: Any
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. `labels` is as long as `input_ids`."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Tokens that have a loss. The first token of a row never has: nothing comes before it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How this run turns rows into tokens."""
+
+    tokenizer: Tokenizer
+    append_eos: bool = True
+    prompt_template: str | None = None
+
+    def encode(self, row: Row, row_format: Format) -> Example:
+        """One row. Raises DataError naming the row."""
+        if row_format == "chat":
+            return self._chat(row)
+        if row_format == "text":
+            return self._text(row.values["text"])
+        prompt, answer = prompt_and_answer(row, row_format, self.prompt_template)
+        return self._completion(prompt, answer)
+
+    def prompt_ids(self, row: Row, row_format: Format) -> list[int]:
+        """What the server would see of this row before it answers (of raw text: its first words)."""
+        if row_format == "text":
+            ids = self._ids(row.values["text"][:2000])
+            return ids[: max(1, min(16, len(ids) // 2))]
+        example = self.encode(row, row_format)
+        first = next(index for index, label in enumerate(example.labels) if label != IGNORED)
+        return example.input_ids[:first]
+
+    def _ids(self, text: str, special: bool = True) -> list[int]:
+        ids: list[int] = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        return ids
+
+    def _eos(self) -> list[int]:
+        return [self.tokenizer.eos_token_id] if self.append_eos and self.tokenizer.eos_token_id is not None else []
+
+    def _text(self, text: str) -> Example:
+        ids = without_trailing_eos(self._ids(text), self.tokenizer.eos_token_id) + self._eos()
+        return Example(ids, list(ids))
+
+    def _completion(self, prompt: str, answer: str) -> Example:
+        """The prompt as the server tokenises it, alone; then the answer.
+
+        Where the ids of the whole text begin with the prompt's, the answer's are the rest (SentencePiece tokenizers would put
+        a space before an answer tokenised alone). Where a merge crosses the border, the answer is tokenised alone.
+        """
+        eos = self.tokenizer.eos_token_id
+        prompt_ids = without_trailing_eos(self._ids(prompt), eos)
+        whole_ids = without_trailing_eos(self._ids(prompt + answer), eos)
+        is_prefix = len(whole_ids) > len(prompt_ids) and whole_ids[: len(prompt_ids)] == prompt_ids
+        answer_ids = whole_ids[len(prompt_ids) :] if is_prefix else self._ids(answer, special=False)
+        answer_ids = answer_ids + self._eos()
+        return Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)
+
+    def _chat(self, row: Row) -> Example:
+        """Render message by message: what an assistant turn adds to its generation prompt is what is learnt.
+
+        The template must be prefix-stable: rendering more messages may only append. Templates that rewrite earlier turns
+        (some drop earlier reasoning) would train on text that the server never shows the model.
+        """
+        messages = [{k: v for k, v in message.items() if k != "weight"} for message in row.values["messages"]]
+        tools = row.values.get("tools")
+        ids = self._render(messages, tools, generation=False, row=row)
+        labels = [IGNORED] * len(ids)
+        for index, message in enumerate(row.values["messages"]):
+            if message["role"] != "assistant" or message.get("weight", 1) == 0:
+                continue
+            before = self._render(messages[:index], tools, generation=True, row=row)
+            through = self._render(messages[: index + 1], tools, generation=False, row=row)
+            if through[: len(before)] != before or ids[: len(through)] != through:
+                raise DataError(
+                    "the chat template cannot be trained on:",
+                    [
+                        Problem(
+                            row.where, f"rendering up to messages[{index}] is not a prefix of the whole conversation"
+                        )
+                    ],
+                )
+            end = _through_stop(through, len(before), self.stop_ids())
+            labels[len(before) : end] = through[len(before) : end]
+        return Example(ids, labels)
+
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens after which an answer is over, for this tokenizer and template."""
+        return frozenset(stop_token_ids(self.tokenizer))
+
+    def _render(self, messages: Sequence[dict[str, Any]], tools: Any, generation: bool, row: Row) -> list[int]:
+        if not messages and not generation:
+            return []
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=generation, tokenize=False
+            )
+        except Exception as error:  # templates raise what they like (jinja's TemplateError, TypeError, …)
+            raise DataError(
+                "the chat template refuses a conversation:", [Problem(row.where, f"{type(error).__name__}: {error}")]
+            ) from error
+        return self._ids(text, special=False)
+
+
+def _through_stop(ids: Sequence[int], start: int, stops: frozenset[int]) -> int:
+    """End of the learnt span: just after the turn's stop token. What templates add behind it (a newline) is never generated."""
+    for index in range(len(ids) - 1, start - 1, -1):
+        if ids[index] in stops:
+            return index + 1
+    return len(ids)
+
+
+def without_trailing_eos(ids: list[int], eos_token_id: int | None) -> list[int]:
+    """Some tokenizers (T5's kind) end every text with EOS; a prompt must not end so, and documents get theirs from us."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == eos_token_id else ids
+
+
+def prompt_and_answer(row: Row, row_format: Format, template: str | None) -> tuple[str, str]:
+    """The prompt and the answer of an instruction or completion row."""
+    values = row.values
+    if row_format == "completion":
+        return values["prompt"], values["completion"]
+    return instruction_prompt(values["instruction"], values.get("input", ""), template), values["output"]
+
+
+def instruction_prompt(instruction: str, extra_input: str, template: str | None) -> str:
+    """The text before the answer of an instruction row. Plain replacement: braces in the data are left alone."""
+    if template is None:
+        head = ALPACA_HEAD.format(ALPACA_WITH_INPUT if extra_input else "")
+        block = f"### Input:\n{extra_input}\n\n" if extra_input else ""
+        return f"{head}### Instruction:\n{instruction}\n\n{block}### Response:\n"
+    pieces = template.split("{instruction}")
+    return instruction.join(piece.replace("{input}", extra_input) for piece in pieces)
+
+
+def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
+    """End of text, and the end-of-turn tokens that chat templates of the known families use, where the vocabulary has them."""
+    vocabulary = tokenizer.get_added_vocab()
+    ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    for token in (
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eot|>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<|end|>",
+        "<|endoftext|>",
+    ):
+        if token in vocabulary and (token in template) and vocabulary[token] not in ids:
+            ids.append(int(vocabulary[token]))
+    return tuple(ids)

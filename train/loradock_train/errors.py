@@ -1,0 +1,84 @@
+"""Every error that training raises on purpose.
+
+LoradockError
+├── UsageError                exit code 2
+│   ├── ConfigError           the YAML (or --set) is wrong; `problems` holds all of them at once
+│   ├── DataError             a row of the data is wrong; `problems` names file and line
+│   ├── ModelError            the model or tokenizer that was named cannot be used
+│   └── OutputError           the output directory already holds a run
+└── TrainError                exit code 1
+    ├── LossError             the loss became NaN or infinite
+    └── ProofError            the exported checkpoint does not do what the trained model did
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loradock_adapters.errors import LoradockError, UsageError
+
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where (a key, or file and line) and what."""
+
+    where: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class _ProblemsError(UsageError):
+    """Several problems told at once, so that nobody has to mend them one run at a time."""
+
+    def __init__(self, headline: str, problems: Sequence[Problem]) -> None:
+        self.headline = headline
+        self.problems = tuple(problems)
+        shown = [f"  {problem}" for problem in self.problems[:MAX_SHOWN]]
+        if len(self.problems) > MAX_SHOWN:
+            shown.append(f"  … and {len(self.problems) - MAX_SHOWN} more")
+        super().__init__("\n".join([headline, *shown]))
+
+
+class ConfigError(_ProblemsError):
+    """The configuration is wrong."""
+
+    code = "invalid_config"
+
+
+class DataError(_ProblemsError):
+    """The training or validation data is wrong."""
+
+    code = "invalid_training_file"
+
+
+class ModelError(UsageError):
+    """The model or tokenizer cannot be used as configured."""
+
+    code = "invalid_model"
+
+
+class OutputError(UsageError):
+    """The output directory cannot be used."""
+
+    code = "output_exists"
+
+
+class TrainError(LoradockError):
+    """Training itself failed."""
+
+    code = "training_failed"
+
+
+class LossError(TrainError):
+    """The loss is no longer a number."""
+
+    code = "loss_not_finite"
+
+
+class ProofError(TrainError):
+    """The checkpoint on disk does not behave like the model that was trained."""
+
+    code = "checkpoint_proof_failed"

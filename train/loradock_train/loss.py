@@ -1,0 +1,163 @@
+"""Cross-entropy over the vocabulary without ever holding all logits: for the rows that are learnt only, a chunk at a time.
+
+Half of a small model's step is the head: logits of every token in float32, twice. Here the head runs on tokens that have a
+label (of a completion row: the answer alone), in chunks that stay in the cache, and the gradient is taken in the same pass.
+Heads with an adapter work too, since the head is called as a module (TRL's fused loss reads its weight, and must refuse them).
+
+`own_loss` swaps the forward of a causal LM for the time of the training. Models whose logits are more than `head(hidden)`
+(soft-capped, scaled) are found by comparing the two losses on a batch, not by a list of names: they keep their own forward.
+Legend: N tokens with a label, D hidden size, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from loradock_train.encode import IGNORED
+
+CHUNK_LOGITS = 2**21
+"""Logits held at once: 8 MB in float32, about what the caches of two cores hold."""
+AGREEMENT = 2e-2
+"""Relative difference up to which the two losses count as the same (bf16 arithmetic differs by about 1e-3)."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies; gradients are computed in forward, a chunk at a time, and handed over in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int, *weights: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden)  # N, D
+        grads: list[Tensor | None] = [None] * len(weights)
+        for start in range(0, len(targets), chunk):
+            with torch.enable_grad():
+                piece = hidden[start : start + chunk].detach().requires_grad_()
+                loss = functional.cross_entropy(head(piece).float(), targets[start : start + chunk], reduction="sum")
+                found = torch.autograd.grad(loss, [piece, *weights], allow_unused=True)
+            total += loss.detach()
+            grad_hidden[start : start + chunk] = found[0]
+            for index, grad in enumerate(found[1:]):
+                if grad is not None:
+                    held = grads[index]
+                    grads[index] = grad if held is None else held.add_(grad)
+        ctx.grads = (grad_hidden, grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = outputs[0]
+        grad_hidden, grads = ctx.grads
+        scaled = [None if grad is None else grad.mul_(scale) for grad in grads]
+        return (grad_hidden.mul_(scale.to(grad_hidden.dtype)), None, None, None, *scaled)
+
+
+class _PlainCrossEntropy(torch.autograd.Function):
+    """The same for a bare matrix as head, with the gradient written out: no graph, one buffer of logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, chunk: int) -> Tensor:
+        needs_weight = weight.requires_grad
+        compute = (
+            torch.get_autocast_dtype(hidden.device.type)
+            if torch.is_autocast_enabled(hidden.device.type)
+            else weight.dtype
+        )
+        matrix, states = weight.to(compute), hidden.to(compute)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(states)  # N, D
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None  # V, D
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(targets), chunk):
+                piece = states[start : start + chunk]  # n, D
+                target = targets[start : start + chunk, None]  # n, 1
+                logits = (piece @ matrix.T).float()  # n, V
+                norm = torch.logsumexp(logits, dim=-1, keepdim=True)  # n, 1
+                total += (norm - logits.gather(1, target)).sum()
+                slope = logits.sub_(norm).exp_()  # softmax, in place
+                slope.scatter_add_(1, target, torch.full_like(norm, -1.0))
+                slope = slope.to(compute)
+                torch.mm(slope, matrix, out=grad_hidden[start : start + chunk])
+                if grad_weight is not None:
+                    grad_weight += slope.T @ piece
+        ctx.grads = (grad_hidden.to(hidden.dtype), None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        scale = outputs[0]
+        grad_hidden, grad_weight = ctx.grads
+        scaled = None if grad_weight is None else grad_weight.mul_(scale.to(grad_weight.dtype))
+        return grad_hidden.mul_(scale.to(grad_hidden.dtype)), None, scaled, None
+
+
+def cross_entropy_sum(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Sum over N tokens of -log p(target). hidden: N, D; targets: N. Differentiable in hidden and in the head's weights."""
+    vocabulary = int(cast(Any, head).weight.shape[0])
+    chunk = max(64, CHUNK_LOGITS // vocabulary)
+    if not torch.is_grad_enabled():
+        pieces = (
+            functional.cross_entropy(head(hidden[i : i + chunk]).float(), targets[i : i + chunk], reduction="sum")
+            for i in range(0, len(targets), chunk)
+        )
+        return sum(pieces, torch.zeros((), device=hidden.device))
+    if type(head) is nn.Linear and head.bias is None:
+        return cast(Tensor, _PlainCrossEntropy.apply(hidden, targets, head.weight, chunk))  # type: ignore[no-untyped-call]
+    weights = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, *weights))  # type: ignore[no-untyped-call]
+
+
+def _forward(model: nn.Module) -> Callable[..., CausalLMOutputWithPast]:
+    """A causal LM's forward that computes the loss of the labelled tokens and no logits."""
+    causal = cast(Any, model)
+    decoder, head = causal.get_decoder(), causal.get_output_embeddings()
+
+    def forward(
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        learnt = labels[:, 1:] != IGNORED  # B, T-1: position t predicts token t+1
+        states, targets = hidden[:, :-1][learnt], labels[:, 1:][learnt]  # N, D; N
+        total = cross_entropy_sum(states, targets, head)
+        count = learnt.sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=cast(Any, total / count))
+
+    return forward
+
+
+def can_own_loss(model: nn.Module, batch: dict[str, Tensor]) -> bool:
+    """Whether our loss equals the model's own on a batch: the proof that logits are head(hidden) and nothing more."""
+    causal = cast(Any, model)
+    head = causal.get_output_embeddings()
+    if head is None or not hasattr(head, "weight") or not hasattr(causal, "get_decoder"):
+        return False
+    if "input_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
+        return False
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            theirs = float(model(**batch, use_cache=False).loss)
+            ours = float(cast(Any, _forward(model)(**batch).loss))
+    finally:
+        model.train(was_training)
+    return abs(theirs - ours) <= AGREEMENT * max(1.0, abs(theirs))
+
+
+@contextmanager
+def own_loss(model: nn.Module) -> Iterator[None]:
+    """Swap the forward of this causal LM (the inner one, below PEFT) while the block runs."""
+    model.forward = _forward(model)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.forward

@@ -1,0 +1,180 @@
+"""The model of a run: loaded or made from an architecture, its weights' type, its adapter. Says what is trainable.
+
+Knows nothing of data, and does not train.
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from loradock_train.config import LoraOptions, TrainConfig
+from loradock_train.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings"})
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The types of one run, decided."""
+
+    weights: torch.dtype
+    arithmetic: Literal["no", "bf16", "fp16"]
+    saved: torch.dtype
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """How much of the model is trained."""
+
+    trainable: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """Trainable over total."""
+        return self.trainable / self.total
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Parameters by number; tied ones once."""
+    parameters = list(model.parameters())
+    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
+
+
+def has_fast_bf16() -> bool:
+    """Whether this machine is quicker in bf16 than in float32: a GPU that has it, or a CPU with AMX or AVX512-BF16."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def decide_precision(config: TrainConfig, base_dtype: torch.dtype | None) -> Precision:
+    """Resolve the three `auto`s. base_dtype: the type of the base's weights on disk, None from scratch."""
+    arithmetic: Any = config.mixed_precision
+    if arithmetic == "auto":
+        arithmetic = "bf16" if has_fast_bf16() else "no"
+    if config.dtype != "auto":
+        weights = DTYPES[config.dtype]
+    else:
+        # Trained weights are kept in float32: at a learning rate of 1e-5 a bf16 weight would round every update away.
+        weights = base_dtype if config.kind == "lora" and base_dtype is not None else torch.float32
+    if config.save_dtype != "auto":
+        saved = DTYPES[config.save_dtype]
+    elif base_dtype is not None:
+        saved = base_dtype
+    else:
+        saved = torch.bfloat16 if arithmetic == "bf16" else torch.float32
+    return Precision(weights, arithmetic, saved)
+
+
+def base_config(config: TrainConfig) -> Any:
+    """The transformers config of `model_id`. Raises ModelError."""
+    assert config.model_id is not None
+    try:
+        return AutoConfig.from_pretrained(config.model_id)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error
+
+
+def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
+    """The model of `model_id`, weights in `precision.weights`. Raises ModelError."""
+    options: dict[str, Any] = (
+        {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model_id, dtype=precision.weights, **options)
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error
+    return cast(PreTrainedModel, model)
+
+
+def make_model(config: TrainConfig, tokenizer: Any, precision: Precision) -> PreTrainedModel:
+    """A model with fresh weights from `model:`. The vocabulary is the tokenizer's unless the config says more."""
+    architecture = architecture_config(dict(config.model or {}), tokenizer, config.context_length)
+    options: dict[str, Any] = (
+        {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+    )
+    model = AutoModelForCausalLM.from_config(architecture, dtype=precision.weights, **options)
+    return cast(PreTrainedModel, model)
+
+
+def architecture_config(fields: dict[str, Any], tokenizer: Any, context_length: int) -> Any:
+    """The transformers config that `model:` describes. transformers keeps unknown fields in silence; we name them."""
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        near = difflib.get_close_matches(str(model_type), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; for example llama"
+        raise ModelError(f"model.model_type: {model_type!r} is no causal language model of transformers{hint}")
+    config_class = CONFIG_MAPPING[model_type]
+    known = set(config_class().to_dict()) | set(getattr(config_class, "attribute_map", {}))
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ModelError(
+                f"model.{name}: unknown field of {model_type}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+    vocabulary = len(tokenizer)
+    fields.setdefault("vocab_size", vocabulary)
+    if not isinstance(fields["vocab_size"], int) or fields["vocab_size"] < vocabulary:
+        raise ModelError(f"model.vocab_size: {fields['vocab_size']} is less than the tokenizer's {vocabulary} entries")
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        made = config_class(**{**special, **fields})
+    except Exception as error:  # transformers validates with exceptions of its own, huggingface_hub's among them
+        raise ModelError(f"model: transformers refuses this {model_type}: {str(error).strip()}") from error
+    positions = getattr(made, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions < context_length:
+        raise ModelError(f"context_length {context_length} is over the model's max_position_embeddings {positions}")
+    return made
+
+
+def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
+    """Wrap the model with LoRA. Raises ModelError where the adapter could not be what the config says."""
+    _check_targets(model, options)
+    values = options.model_dump()
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(values[name], tuple):
+            values[name] = list(values[name]) or None
+    try:
+        return cast(PeftModel, get_peft_model(model, LoraConfig(**values)))
+    except ValueError as error:
+        raise ModelError(f"lora_config: PEFT refuses it: {error}") from error
+
+
+def _check_targets(model: PreTrainedModel, options: LoraOptions) -> None:
+    if isinstance(options.target_modules, str):
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in options.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            leaves = sorted(
+                {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if _is_adaptable(module)}
+            )
+            raise ModelError(
+                f"lora_config.target_modules: no module {target!r} in this model; it has {', '.join(leaves)}"
+            )
+    both = EMBEDDING_NAMES.intersection(options.target_modules)
+    if both and model.config.tie_word_embeddings:
+        raise ModelError(
+            f"lora_config.target_modules: {', '.join(sorted(both))} cannot be adapted in this model: its embedding and head are "
+            "one tied matrix (tie_word_embeddings), an adapter on one would silently leave the other; remove them from target_modules"
+        )
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def inner_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model below PEFT's wrapper."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)

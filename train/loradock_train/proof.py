@@ -1,0 +1,103 @@
+"""Proof that the checkpoint on disk is the model that was trained, and that training changed something.
+
+The next-token logits of a few prompts, four times: base, trained model, checkpoint reloaded from its files. An adapter that
+does nothing is the most common complaint about LoRA serving, and it is found here in seconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from loradock_train.errors import ProofError
+
+MAX_PROMPT_TOKENS = 256
+TOP = 5
+PROOF_ADAPTER = "proof"
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared. Differences are the largest over all probes and the whole vocabulary, in logits."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    trained: Tensor  # prompts, V
+    reloaded_difference: float
+    base_difference: float
+    dtype: str
+
+    def passport_entry(self) -> dict[str, Any]:
+        """The `probe` of the passport: each prompt's best tokens by the trainer, for the server to compare with."""
+        log_probs = self.trained.log_softmax(-1)
+        entries = []
+        for prompt, logits, logs in zip(self.prompts, self.trained, log_probs, strict=True):
+            best = logits.topk(min(TOP, len(logits))).indices.tolist()
+            top = [{"id": i, "logit": round(float(logits[i]), 5), "logprob": round(float(logs[i]), 5)} for i in best]
+            entries.append({"prompt_token_ids": list(prompt), "top": top})
+        differences = {"reloaded": self.reloaded_difference, "base": self.base_difference}
+        return {"dtype": self.dtype, "prompts": entries, "max_logit_difference": differences}
+
+
+def probe_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Next-token logits of each prompt, float32, on the CPU. Returns (prompts, V)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        rows = [
+            model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=False).logits[0, -1].float().cpu()
+            for prompt in prompts
+        ]
+    model.train(was_training)
+    return torch.stack(rows)
+
+
+def reload_logits(model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """The same from the files of the checkpoint. An adapter is loaded over the base that is in memory anyway."""
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(checkpoint), adapter_name=PROOF_ADAPTER)
+        model.set_adapter(PROOF_ADAPTER)
+        try:
+            return probe_logits(model, prompts)
+        finally:
+            model.set_adapter("default")
+            model.delete_adapter(PROOF_ADAPTER)
+    parameter = next(model.parameters())
+    loaded = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=parameter.dtype).to(parameter.device)
+    return probe_logits(loaded, prompts)
+
+
+def prove(
+    prompts: Sequence[Sequence[int]], base: Tensor, trained: Tensor, reloaded: Tensor, saved: torch.dtype, kind: str
+) -> Proof:
+    """Raises ProofError when the checkpoint answers unlike the trained model, or exactly like the base."""
+    if not bool(torch.isfinite(reloaded).all()):
+        raise ProofError(
+            "the reloaded checkpoint gives NaN or infinite logits; lower the learning rate and train again"
+        )
+    scale = max(1.0, float(trained.abs().max()))
+    tolerance = (2e-3 if saved == torch.float32 else 5e-2) * scale
+    difference = float((reloaded - trained).abs().max())
+    if difference > tolerance:
+        raise ProofError(
+            f"the checkpoint reloaded from its files differs from the trained model by {difference:.4g} logits "
+            f"(at most {tolerance:.4g} is rounding): do not serve it"
+        )
+    change = float((reloaded - base).abs().max())
+    if change == 0.0:
+        raise ProofError(
+            f"training changed nothing: on {len(prompts)} prompts the {kind} checkpoint answers exactly like its base "
+            "(0 difference); raise learning_rate or the number of steps, and check lora_config.target_modules"
+        )
+    return Proof(
+        tuple(tuple(int(token) for token in prompt) for prompt in prompts),
+        trained,
+        difference,
+        change,
+        str(saved).removeprefix("torch."),
+    )

@@ -1,0 +1,196 @@
+"""Reading data files into rows, and saying exactly which line is wrong.
+
+Four formats: chat ({"messages": […]}, the OpenAI shape), instruction ({"instruction", "input", "output"}), completion
+({"prompt", "completion"}) and raw text ({"text"}, or .txt files, one document each). The format is decided by the keys of
+*every* row, never by the first alone. Knows nothing of tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from loradock_train.errors import DataError, Problem
+
+Format: TypeAlias = Literal["chat", "instruction", "completion", "text"]
+
+SUFFIXES = (".jsonl", ".txt")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_MARKS: dict[str, Format] = {"messages": "chat", "instruction": "instruction", "prompt": "completion", "text": "text"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of data and where it stands."""
+
+    file: str
+    line: int
+    """1-based; 0 for a .txt file, which is one document as a whole."""
+    values: dict[str, Any]
+
+    @property
+    def where(self) -> str:
+        """The place, for messages."""
+        return f"{self.file}, line {self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of one split, checked, of one format."""
+
+    format: Format
+    rows: tuple[Row, ...]
+    sha256: str
+    """Hash over the bytes of all files, in order."""
+
+
+def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) -> Rows:
+    """Read and check every row. `key` is the config key, for messages. Raises DataError with all problems."""
+    problems: list[Problem] = []
+    rows: list[Row] = []
+    digest = hashlib.sha256()
+    for file in data_files(paths, key):
+        content = file.read_bytes()
+        digest.update(content)
+        rows.extend(_read_file(file, content, problems))
+    if problems:
+        raise DataError(f"{key} has {_count(len(problems), 'broken line')}:", problems)
+    if not rows:
+        raise DataError(f"{key} has no data:", [Problem(path, "no rows") for path in paths])
+    found = _decide_format(rows, wanted, key)
+    problems = [Problem(row.where, message) for row in rows for message in _check(row.values, found)]
+    if problems:
+        raise DataError(f"{key} has {_count(len(problems), 'problem')}:", problems)
+    return Rows(found, tuple(rows), digest.hexdigest())
+
+
+def data_files(paths: Sequence[str], key: str) -> list[Path]:
+    """The files that the paths stand for; a directory stands for its .jsonl and .txt files, sorted, at any depth."""
+    files: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            if not inside:
+                raise DataError(f"{key} has no data:", [Problem(name, "no .jsonl or .txt file in this directory")])
+            files.extend(inside)
+        elif path.suffix not in SUFFIXES:
+            raise DataError(f"{key} cannot be read:", [Problem(name, "expected a .jsonl or .txt file, or a directory")])
+        elif not path.is_file():
+            raise DataError(f"{key} cannot be read:", [Problem(name, "no such file")])
+        else:
+            files.append(path)
+    return files
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _read_file(file: Path, content: bytes, problems: list[Problem]) -> Iterator[Row]:
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        problems.append(Problem(f"{file}, line {line}", "not valid UTF-8"))
+        return
+    if file.suffix == ".txt":
+        if text.strip():
+            yield Row(str(file), 0, {"text": text})
+        return
+    for number, line_text in enumerate(text.split("\n"), start=1):
+        if not line_text.strip():
+            continue
+        try:
+            values = json.loads(line_text)
+        except json.JSONDecodeError as error:
+            problems.append(Problem(f"{file}, line {number}", f"not valid JSON: {error.msg} at column {error.colno}"))
+            continue
+        if not isinstance(values, dict):
+            problems.append(Problem(f"{file}, line {number}", f"expected a JSON object, found {type(values).__name__}"))
+            continue
+        yield Row(str(file), number, values)
+
+
+def _decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: str) -> Format:
+    """The one format that all rows share. Mixed files are an error that names the first row of each sort."""
+    if wanted != "auto":
+        return wanted
+    first: dict[Format, Row] = {}
+    problems: list[Problem] = []
+    for row in rows:
+        marks = [name for name in _MARKS if name in row.values]
+        if len(marks) == 1:
+            first.setdefault(_MARKS[marks[0]], row)
+        elif marks:
+            problems.append(Problem(row.where, f"has keys of several formats ({', '.join(marks)}); set format:"))
+        else:
+            keys = ", ".join(sorted(row.values)) or "none"
+            problems.append(Problem(row.where, f"no messages, instruction, prompt or text key (its keys: {keys})"))
+    if problems:
+        raise DataError(f"{key} has {_count(len(problems), 'row')} of unknown format:", problems)
+    if len(first) > 1:
+        raise DataError(
+            f"{key} mixes formats; all rows must share one:",
+            [Problem(row.where, f"the first {name} row") for name, row in first.items()],
+        )
+    return next(iter(first))
+
+
+# ---- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _check(values: dict[str, Any], row_format: Format) -> Iterator[str]:
+    if row_format == "chat":
+        yield from _check_chat(values)
+    elif row_format == "instruction":
+        yield from _check_strings(values, required=("instruction", "output"), optional=("input", "system"))
+        if values.get("output") == "":
+            yield "output is empty: there is nothing to learn"
+    elif row_format == "completion":
+        yield from _check_strings(values, required=("prompt", "completion"), optional=())
+        if values.get("completion") == "":
+            yield "completion is empty: there is nothing to learn"
+    else:
+        yield from _check_strings(values, required=("text",), optional=())
+
+
+def _check_strings(values: dict[str, Any], required: Sequence[str], optional: Sequence[str]) -> Iterator[str]:
+    for name in required:
+        if name not in values:
+            yield f"missing key '{name}'"
+        elif not isinstance(values[name], str):
+            yield f"'{name}' must be a string, found {type(values[name]).__name__}"
+    for name in optional:
+        if not isinstance(values.get(name, ""), str):
+            yield f"'{name}' must be a string, found {type(values[name]).__name__}"
+
+
+def _check_chat(values: dict[str, Any]) -> Iterator[str]:
+    """The OpenAI shape, in the wording of OpenAI's own validation where it has one."""
+    messages = values.get("messages")
+    if not isinstance(messages, list) or not messages:
+        yield "missing key 'messages'" if messages is None else "'messages' must be a non-empty list"
+        return
+    if not isinstance(values.get("tools", []), list):
+        yield "'tools' must be a list"
+    trained = 0
+    for index, message in enumerate(messages):
+        place = f"messages[{index}]"
+        if not isinstance(message, dict):
+            yield f"{place}: expected an object, found {type(message).__name__}"
+            continue
+        role = message.get("role")
+        if role not in ROLES:
+            yield f"{place}: invalid role {role!r}; expected one of {', '.join(ROLES)}"
+        has_calls = role == "assistant" and bool(message.get("tool_calls"))
+        if not isinstance(message.get("content"), str) and not (message.get("content") is None and has_calls):
+            yield f"{place}: missing or non-string 'content'"
+        weight = message.get("weight", 1)
+        if "weight" in message and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
+            yield f"{place}: 'weight' must be 0 or 1, and on assistant messages only"
+        trained += role == "assistant" and weight == 1
+    if not trained:
+        yield "Example has no assistant message to learn from (at least one with weight 1 is needed)"

@@ -1,0 +1,425 @@
+"""One training run from beginning to end: data, model, training, checkpoint, proof, report.
+
+    run = train("lora.yaml", output="runs/lora")
+
+The run directory holds config.yaml (resolved), metrics.jsonl, loss.png, run.json (written last: its presence says the run is
+complete) and checkpoint/ (what `loradock push` publishes).
+"""
+
+import json
+import resource
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from loradock_adapters.passport import Passport, PassportBase, weights_sha256, write_passport
+from loradock_train.card import model_card
+from loradock_train.config import TrainConfig
+from loradock_train.config_file import config_from, load_config
+from loradock_train.dataset import Collator, DataReport, build_dataset
+from loradock_train.encode import Encoder, stop_token_ids
+from loradock_train.errors import DataError, OutputError, Problem
+from loradock_train.export import save_adapter, save_full, write_atomically
+from loradock_train.loss import can_own_loss
+from loradock_train.model import (
+    Precision,
+    add_adapter,
+    base_config,
+    count_parameters,
+    decide_precision,
+    inner_model,
+    load_model,
+    make_model,
+)
+from loradock_train.plot import plot_loss
+from loradock_train.progress import Meter, Reporter
+from loradock_train.proof import MAX_PROMPT_TOKENS, Proof, probe_logits, prove, reload_logits
+from loradock_train.rows import Rows, read_rows
+from loradock_train.schedule import Length, learning_rate_factor, length_of
+from loradock_train.tokenizer import make_tokenizer, padding_id
+from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
+
+OUR_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "run.json", "checkpoint")
+PACKAGES = ("loradock", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `summary` is what run.json holds."""
+
+    directory: Path
+    kind: str
+    summary: dict[str, Any] = field(repr=False)
+
+    @property
+    def checkpoint(self) -> Path:
+        """What is pushed."""
+        return self.directory / "checkpoint"
+
+    @property
+    def final_train_loss(self) -> float | None:
+        """Mean of the last logged steps, nats per token."""
+        value: float | None = self.summary["final_train_loss"]
+        return value
+
+    @property
+    def final_eval_loss(self) -> float | None:
+        """On the validation rows, nats per token; None without them."""
+        value: float | None = self.summary["final_eval_loss"]
+        return value
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Both splits, ready for the trainer."""
+
+    rows: Rows
+    train: datasets.Dataset
+    valid: datasets.Dataset | None
+    reports: dict[str, DataReport]
+    probes: list[list[int]]
+
+
+def train(
+    config: TrainConfig | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    console: Console | None = None,
+) -> Run:
+    """Train what the config says.
+
+    config: path of a YAML, a mapping with its keys (paths relative to the working directory), or a TrainConfig.
+    overrides: `key=value` texts, as for `--set`; only with a path.
+    output: run directory; default the config's output_dir, else runs/<name of the YAML>.
+    overwrite: replace a run that is already there.
+    console: where progress is shown; default stderr.
+    Raises UsageError and its kin for bad input, TrainError when training or its proof fails.
+    """
+    console = console if console is not None else Console(stderr=True)
+    config, notices, name = _resolve(config, overrides)
+    directory = Path(output if output is not None else config.output_dir or Path("runs") / name)
+    _check_output(directory, overwrite)
+    started_s = time.monotonic()
+    set_seed(config.seed)
+
+    rows = read_rows(config.train_path, config.format, "train_path")
+    tokenizer = make_tokenizer(config, rows)
+    data = _load_data(config, rows, tokenizer)
+    for key, report in data.reports.items():
+        notices.extend(report.notices(key, config.context_length))
+
+    base_dtype = None if config.model_id is None else getattr(base_config(config), "dtype", None) or torch.float32
+    precision = decide_precision(config, base_dtype)
+    model: Any = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    base_logits = probe_logits(model, data.probes)
+    if config.lora_config is not None:
+        model = add_adapter(model, config.lora_config)
+        notices.extend(_placement_notices(config))
+
+    _prepare_output(directory, overwrite)
+    _write_text(directory / "config.yaml", yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
+    for notice in notices:
+        console.print(f"note: {notice}", markup=False, highlight=False)
+    _announce(console, config, model, data, precision)
+    outcome = _fit(config, model, tokenizer, data, precision, directory, console)
+
+    trained_logits = probe_logits(model, data.probes)
+    summary = _summary(config, model, data, precision, outcome, notices)
+    proof = _export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
+    summary["proof"] = {
+        "reloaded": proof.reloaded_difference,
+        "base": proof.base_difference,
+        "prompts": len(proof.prompts),
+    }
+    summary["checkpoint_bytes"] = sum(file.stat().st_size for file in (directory / "checkpoint").iterdir())
+    summary["total_seconds"] = round(time.monotonic() - started_s, 2)
+    plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
+    _write_text(directory / "run.json", json.dumps(summary, indent=2) + "\n")
+    return Run(directory, config.kind, summary)
+
+
+# ---- before -----------------------------------------------------------------------------------------------------------
+
+
+def _resolve(
+    config: TrainConfig | Mapping[str, Any] | str | Path, overrides: Sequence[str]
+) -> tuple[TrainConfig, list[str], str]:
+    if isinstance(config, TrainConfig):
+        return config, [], config.kind
+    if isinstance(config, Mapping):
+        resolved, notices = config_from(config, folder=Path.cwd())
+        return resolved, notices, resolved.kind
+    resolved, notices = load_config(config, overrides)
+    return resolved, notices, Path(config).stem
+
+
+def _check_output(directory: Path, overwrite: bool) -> None:
+    """A run is never replaced by accident, and a folder of other things is never written into."""
+    if directory.exists() and not directory.is_dir():
+        raise OutputError(f"the output {directory} is a file; give a directory with --output")
+    inside = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    if inside & {"run.json", "checkpoint"} and not overwrite:
+        raise OutputError(f"{directory} already holds a run; give another --output, or --overwrite to replace it")
+    if inside - set(OUR_FILES) and not inside & set(OUR_FILES):
+        raise OutputError(f"{directory} is not empty and holds no run; give another --output")
+
+
+def _prepare_output(directory: Path, overwrite: bool) -> None:
+    """Called when everything was checked. Removes only what a run writes: an earlier run, or the rest of a broken one."""
+    _check_output(directory, overwrite)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in OUR_FILES:
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> _Data:
+    if config.packing and rows.format != "text":
+        raise DataError(
+            "packing is for raw text only:", [Problem("train_path", f"the rows are of format {rows.format}")]
+        )
+    packing = rows.format == "text" and config.packing is not False
+    encoder = Encoder(tokenizer, config.append_eos, config.prompt_template)
+    options = (encoder, config.context_length, config.on_long_rows, packing)
+    train_set, report = build_dataset(rows, *options, "train_path")
+    reports = {"train": report}
+    valid_set, valid_rows = None, None
+    if config.valid_path is not None:
+        valid_rows = read_rows(config.valid_path, rows.format, "valid_path")
+        valid_set, reports["valid"] = build_dataset(valid_rows, *options, "valid_path")
+    probed = (valid_rows if valid_rows is not None else rows).rows[: config.num_probe_prompts]
+    probes = [encoder.prompt_ids(row, rows.format)[:MAX_PROMPT_TOKENS] for row in probed]
+    return _Data(rows, train_set, valid_set, reports, probes)
+
+
+def _placement_notices(config: TrainConfig) -> list[str]:
+    options = config.lora_config
+    assert options is not None
+    wants = [
+        text
+        for text, is_set in (
+            ("modules_to_save", bool(options.modules_to_save)),
+            ("use_dora", options.use_dora),
+            (f"bias: {options.bias}", options.bias != "none"),
+        )
+        if is_set
+    ]
+    return (
+        [f"lora_config has {', '.join(wants)}: it will be served by a dedicated engine, not hot-swapped"]
+        if wants
+        else []
+    )
+
+
+def _announce(console: Console, config: TrainConfig, model: nn.Module, data: _Data, precision: Precision) -> None:
+    count, report = count_parameters(model), data.reports["train"]
+    console.print(
+        f"{config.kind}: {count.trainable:,} of {count.total:,} parameters trained ({count.share:.3%}), "
+        f"{report.num_examples:,} {report.format} rows, {report.num_trained_tokens:,} tokens with a loss, "
+        f"arithmetic {precision.arithmetic}, learning rate {config.peak_learning_rate:g}",
+        markup=False,
+        highlight=False,
+    )
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What training left behind, apart from the weights."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    tokens: int
+    history: list[dict[str, Any]]
+    used_own_loss: bool
+    device: str
+
+
+def _fit(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: _Data,
+    precision: Precision,
+    directory: Path,
+    console: Console,
+) -> _Outcome:
+    collate = Collator(padding_id(tokenizer))
+    first = {key: value.to(model.device) for key, value in collate([data.train[0]]).items()}
+    use_own = can_own_loss(inner_model(model), first)
+    length = length_of(config, len(data.train), num_devices=1)
+    meter = Meter()
+    reporter = Reporter(directory / "metrics.jsonl", length, meter, console)
+    with loss_context(inner_model(model), use_own):
+        trainer = _trainer(config, model, data, precision, directory, collate, length, meter, reporter)
+        try:
+            trainer.train()
+            meter.stop()
+            if data.valid is not None and not (reporter.history and "eval_loss" in reporter.history[-1]):
+                trainer.evaluate()
+        finally:
+            reporter.close()
+    model.__dict__.pop("forward", None)  # accelerate's autocast wrapper: proof and export want the bare model
+    steps = trainer.state.global_step
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return _Outcome(
+        steps, steps / length.steps_per_epoch, meter.elapsed_s, meter.tokens, reporter.history, use_own, device
+    )
+
+
+def _trainer(
+    config: TrainConfig,
+    model: Any,
+    data: _Data,
+    precision: Precision,
+    directory: Path,
+    collate: Collator,
+    length: Length,
+    meter: Meter,
+    reporter: Reporter,
+) -> LoradockTrainer:
+    arguments = training_arguments(config, length, precision, directory)
+    return LoradockTrainer(
+        rate=lambda step: learning_rate_factor(config, length, step, meter.elapsed_s),
+        meter=meter,
+        reporter=reporter,
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=data.train,
+        eval_dataset=data.valid,
+    )
+
+
+# ---- after --------------------------------------------------------------------------------------------------------------
+
+
+def _export(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: _Data,
+    precision: Precision,
+    directory: Path,
+    summary: dict[str, Any],
+    logits: tuple[torch.Tensor, torch.Tensor],
+) -> Proof:
+    """Write the checkpoint, prove it from its files, and only then give it its name."""
+    base_logits, trained_logits = logits
+    proofs: list[Proof] = []
+
+    def fill(temporary: Path) -> None:
+        if isinstance(model, PeftModel):
+            save_adapter(model, tokenizer, temporary, precision.saved)
+        else:
+            save_full(model, tokenizer, temporary, precision.saved)
+        reloaded = reload_logits(model, temporary, data.probes)
+        proofs.append(prove(data.probes, base_logits, trained_logits, reloaded, precision.saved, config.kind))
+        write_passport(temporary, _passport(config, tokenizer, data, summary, proofs[0]))
+        _write_text(temporary / "README.md", model_card(config, directory.resolve().name, summary))
+
+    write_atomically(directory / "checkpoint", fill)
+    return proofs[0]
+
+
+def _passport(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: _Data, summary: dict[str, Any], proof: Proof
+) -> Passport:
+    source = config.model_id
+    local = source is not None and Path(source).is_dir()
+    weights = weights_sha256(Path(source)) if source is not None and local else None
+    name = source if source is not None else f"scratch/{(config.model or {}).get('model_type')}"
+    return Passport(
+        base=PassportBase(model_id=name, weights_sha256=weights),
+        tokenizer_sha256=_tokenizer_sha256(tokenizer),
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        stop_token_ids=stop_token_ids(tokenizer),
+        context_length=config.context_length,
+        metrics={key: summary[key] for key in ("final_train_loss", "final_eval_loss", "steps", "tokens")},
+        seed=config.seed,
+        data_sha256=data.rows.sha256,
+        versions=summary["versions"],
+        created_at=datetime.now(UTC),
+        probe=proof.passport_entry(),
+    )
+
+
+def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash of tokenizer.json as it is saved; None for a tokenizer that has no such file."""
+    import hashlib
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        file = Path(folder) / "tokenizer.json"
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _summary(
+    config: TrainConfig, model: nn.Module, data: _Data, precision: Precision, outcome: _Outcome, notices: list[str]
+) -> dict[str, Any]:
+    count = count_parameters(model)
+    losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
+    evals = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory_bytes()
+    return {
+        "kind": config.kind,
+        "base": config.model_id,
+        "steps": outcome.steps,
+        "epochs": round(outcome.epochs, 4),
+        "train_seconds": round(outcome.seconds, 2),
+        "tokens": outcome.tokens,
+        "tokens_per_s": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds > 0 else None,
+        "final_train_loss": losses[-1] if losses else None,
+        "final_eval_loss": evals[-1] if evals else None,
+        "parameters": {"trainable": count.trainable, "total": count.total, "share": count.share},
+        "precision": {
+            "weights": str(precision.weights).removeprefix("torch."),
+            "arithmetic": precision.arithmetic,
+            "saved": str(precision.saved).removeprefix("torch."),
+        },
+        "peak_memory_bytes": peak,
+        "device": outcome.device,
+        "used_own_loss": outcome.used_own_loss,
+        "data": {key: asdict(report) for key, report in data.reports.items()},
+        "notices": notices,
+        "versions": {package: _version(package) for package in PACKAGES},
+    }
+
+
+def _peak_memory_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,61 @@
+"""How long a run lasts and what the learning rate is at each moment. Pure arithmetic: no torch, no clock."""
+
+import math
+from dataclasses import dataclass
+
+from loradock_train.config import TrainConfig
+
+UNLIMITED_STEPS = 10**9
+
+
+@dataclass(frozen=True)
+class Length:
+    """The limits of a run, in optimiser steps and seconds."""
+
+    steps_per_epoch: int
+    max_steps: int
+    """UNLIMITED_STEPS where only the clock ends the run."""
+    max_time_s: float | None
+
+    @property
+    def is_clock_bound(self) -> bool:
+        """Whether no number of steps ends the run."""
+        return self.max_steps >= UNLIMITED_STEPS
+
+    def progress(self, step: int, elapsed_s: float) -> float:
+        """Share of the run that is behind us, by whichever limit is nearer: 0 to 1."""
+        by_steps = step / self.max_steps
+        by_clock = elapsed_s / self.max_time_s if self.max_time_s is not None else 0.0
+        return min(1.0, max(by_steps, by_clock))
+
+
+def length_of(config: TrainConfig, num_examples: int, num_devices: int) -> Length:
+    """Steps of the run for that many rows."""
+    batches = math.ceil(num_examples / (config.train_batch_size_per_device * num_devices))
+    steps_per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    limits = [UNLIMITED_STEPS]
+    if config.epoch_limit is not None:
+        limits.append(max(1, math.ceil(config.epoch_limit * steps_per_epoch)))
+    if config.max_steps is not None:
+        limits.append(config.max_steps)
+    return Length(steps_per_epoch, min(limits), config.max_time_s)
+
+
+def warmup_factor(step: int, progress: float, warmup_steps: float) -> float:
+    """0 to 1 over the warm-up. Never 0: a run of one step must learn something. warmup_steps below 1: a share of the run."""
+    if warmup_steps >= 1:
+        return min(1.0, (step + 1) / warmup_steps)
+    if warmup_steps > 0 and progress < warmup_steps:
+        return max(progress / warmup_steps, 0.01)
+    return 1.0
+
+
+def learning_rate_factor(config: TrainConfig, length: Length, step: int, elapsed_s: float) -> float:
+    """What the peak learning rate is multiplied by at this step (0-based) and this moment."""
+    progress = length.progress(step, elapsed_s)
+    warm = warmup_factor(step, progress, config.warmup_steps)
+    if config.lr_scheduler_type == "constant":
+        return warm
+    behind = config.warmup_steps if config.warmup_steps < 1 else min(config.warmup_steps / length.max_steps, 0.99)
+    left = 1.0 - min(1.0, max(0.0, (progress - behind) / (1.0 - behind)))
+    return warm * (left if config.lr_scheduler_type == "linear" else 0.5 * (1.0 - math.cos(math.pi * left)))

@@ -1,0 +1,102 @@
+"""The tokenizer of a run: the model's own, another's, or a byte-level BPE trained on the run's data; and its chat template."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from loradock_train.config import TrainConfig
+from loradock_train.encode import prompt_and_answer
+from loradock_train.errors import ModelError
+from loradock_train.rows import Rows
+
+END_OF_TEXT, PADDING, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(config: TrainConfig, rows: Rows) -> PreTrainedTokenizerBase:
+    """The run's tokenizer, its chat template set. Raises ModelError when it cannot be loaded or has no template for chat rows."""
+    options = config.tokenizer
+    if options is not None and options.train_vocab_size is not None:
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
+            _texts(rows, config), options.train_vocab_size, config.context_length
+        )
+    else:
+        source = options.path if options is not None and options.path is not None else config.model_id
+        assert source is not None  # the config's validators saw to it
+        tokenizer = load_tokenizer(source)
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
+    if rows.format == "chat" and not tokenizer.chat_template:
+        if TURN_END not in tokenizer.get_vocab():
+            raise ModelError(
+                f"the rows are chats, but the tokenizer of {config.model_id} has no chat template; "
+                "set chat_template: to a Jinja template or the path of a .jinja file"
+            )
+        tokenizer.chat_template = CHATML
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-text token (eos_token): a model trained with it would never stop")
+    return tokenizer
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by path or hub id."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer could be loaded from {source}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that fills short rows. Where the tokenizer has none, EOS: it is masked by position, never by its value."""
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the special tokens of ChatML. Deterministic for the same texts."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        extra_special_tokens=[TURN_START, TURN_END],
+        model_max_length=context_length,
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def _texts(rows: Rows, config: TrainConfig) -> Iterator[str]:
+    for row in rows.rows:
+        if rows.format == "text":
+            yield row.values["text"]
+        elif rows.format == "chat":
+            yield from (message["content"] for message in row.values["messages"] if message.get("content"))
+        else:
+            yield "".join(prompt_and_answer(row, rows.format, config.prompt_template))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """The tokenizer's files, chat template included."""
+    tokenizer.save_pretrained(str(directory))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

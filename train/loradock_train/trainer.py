@@ -1,0 +1,124 @@
+"""transformers' Trainer, with what it lacks: validation weighted by tokens, our schedule, and no clutter.
+
+Knows nothing of files: what to do with the trained model is export.py's and run.py's work.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from loradock_train.config import TrainConfig
+from loradock_train.encode import IGNORED
+from loradock_train.loss import own_loss
+from loradock_train.model import Precision
+from loradock_train.progress import Meter, Reporter
+from loradock_train.schedule import Length
+
+
+class LoradockTrainer(Trainer):
+    """Trains; `meter` counts time and tokens.
+
+    Gradient accumulation is right by construction: the loss of every micro-batch is divided by the learnt tokens of the whole
+    step (`num_items_in_batch`), not by its own (transformers issues 34191 and 35203 tell what happens otherwise).
+    """
+
+    def __init__(self, *, rate: Callable[[int], float], meter: Meter, reporter: Reporter, **options: Any) -> None:
+        self.meter = meter
+        self._rate = rate
+        super().__init__(**options, callbacks=[reporter])
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # our forward takes num_items_in_batch, and so do the models' own
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """Ours: it follows the clock where the run has a time limit."""
+        if self.lr_scheduler is None:
+            self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, self._rate)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Counts tokens, else transformers' own."""
+        mask = inputs.get("attention_mask")
+        self.meter.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over all learnt tokens of the validation rows. (transformers averages batch means: rows of few tokens weigh more.)"""
+        loader = self.get_eval_dataloader(eval_dataset)
+        was_training = self.model.training
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, learnt tokens
+        with torch.no_grad():
+            for inputs in loader:
+                batch = self._prepare_inputs(inputs)
+                count = (batch["labels"][:, 1:] != IGNORED).sum()
+                if int(count) == 0:
+                    continue
+                with self.compute_loss_context_manager():
+                    sums[0] += self.model_wrapped(**batch).loss.double() * count
+                sums[1] += count
+        self.model.train(was_training)
+        total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
+        loss = total / tokens if tokens else math.nan
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
+            f"{metric_key_prefix}_tokens": int(tokens),
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def training_arguments(config: TrainConfig, length: Length, precision: Precision, directory: Path) -> TrainingArguments:
+    """Our config in transformers' words. Nothing is reported, saved or measured that we do not ask for."""
+    if config.valid_path is None:
+        evaluation: dict[str, Any] = {"eval_strategy": "no"}
+    elif config.eval_steps is not None:
+        evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps}
+    else:
+        evaluation = {"eval_strategy": "epoch"}
+    has_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=length.max_steps,
+        per_device_train_batch_size=config.train_batch_size_per_device,
+        per_device_eval_batch_size=config.eval_batch_size_per_device,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        learning_rate=config.peak_learning_rate,
+        weight_decay=config.weight_decay,
+        adam_beta2=config.adam_beta2,
+        max_grad_norm=config.max_grad_norm,
+        optim=config.optim,
+        seed=config.seed,
+        bf16=precision.arithmetic == "bf16",
+        fp16=precision.arithmetic == "fp16",
+        use_cpu=not has_gpu,
+        logging_steps=config.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is no number must be seen, not smoothed away
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=has_gpu,
+        **evaluation,
+    )
+
+
+def loss_context(model: PreTrainedModel, use_own: bool) -> contextlib.AbstractContextManager[None]:
+    """Our loss while the block runs, or nothing."""
+    return own_loss(model) if use_own else contextlib.nullcontext()
