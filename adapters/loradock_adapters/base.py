@@ -6,6 +6,8 @@ llama-like families and GPT-2. Loads no weights, and does not know what an engin
 """
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +85,22 @@ def base_from(
         tied=tied,
         model_id=model_id,
         weights_sha256=weights_sha256,
+    )
+
+
+def find_base(text: str) -> Path:
+    """A base by its directory, or by its hub id where the local Hugging Face cache holds it. Raises NotFoundError."""
+    directory = Path(text)
+    if directory.is_dir():
+        return directory
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{text.replace('/', '--')}"
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and (cache / "refs" / "main").is_file():
+        snapshot = cache / "snapshots" / (cache / "refs" / "main").read_text().strip()
+        if snapshot.is_dir():
+            return snapshot
+    raise NotFoundError(
+        f"there is no base model at {ascii(text)[:120]}, neither a directory nor in the local hub cache"
     )
 
 
