@@ -1,0 +1,190 @@
+"""The gateway: its parts made and joined, and the ASGI application on top of them.
+
+`build_gateway(config, …)` is the only place that knows all parts. Starting and stopping follow the application's
+lifespan.
+"""
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from loradock_adapters.engine_rules import EngineLimits, architecture_rules
+from loradock_adapters.errors import LoradockError
+from loradock_adapters.registry import Registry
+from loradock_adapters.store import LocalStore
+from loradock_serve import rewrite, sizing
+from loradock_serve.adapters_routes import adapters_router
+from loradock_serve.auth import Doorkeeper
+from loradock_serve.base import ServedBase, find_base
+from loradock_serve.catalog import Catalog
+from loradock_serve.config import ServeConfig
+from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
+from loradock_serve.engine_command import Machine, base_command, dedicated_command, this_machine
+from loradock_serve.errors import BadRequestError
+from loradock_serve.fleet import Fleet
+from loradock_serve.http_errors import error_response
+from loradock_serve.models_routes import models_router
+from loradock_serve.ops_routes import ops_router
+from loradock_serve.proxy import OpenAIProxy
+from loradock_serve.publish import Publisher
+from loradock_serve.states import States
+from loradock_serve.weights import StoredWeights
+
+log = logging.getLogger("loradock.gateway")
+
+OPENAI_PATHS = (rewrite.CHAT, rewrite.COMPLETIONS, rewrite.EMBEDDINGS, rewrite.RESPONSES)
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The joined parts; `app` is what uvicorn runs."""
+
+    app: ASGIApp
+    fleet: Fleet
+    catalog: Catalog
+    registry: Registry
+    lora: sizing.LoraSizing | None
+    """The slots that the base's engine is started with; None where it takes no adapters."""
+
+
+def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine | None = None) -> Gateway:
+    """Everything, not yet started. Raises ServeConfigError where the base cannot be found; starts no process.
+
+    Must run inside the event loop that will serve.
+    """
+    machine = machine or this_machine()
+    base = find_base(config.base, config.engine.vllm_arguments.get("revision"))
+    config.data_dir.mkdir(parents=True, exist_ok=True)
+    store = LocalStore(config.data_dir)
+    registry = Registry(f"sqlite:///{config.data_dir / 'registry.sqlite'}")
+    catalog = Catalog(registry, base.name, base.behaviour)
+    lora = lora_sizing(config, base, machine)
+    # A Unix socket's path has room for 107 bytes: not under a data_dir that may be deep.
+    socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))
+    weights = StoredWeights(store, base.model, config.data_dir / "merged")
+    engines = _Engines(config, machine, base, lora, socket_dir)
+    fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated)
+    limits = EngineLimits(lora.max_lora_rank if lora else sizing.DEFAULT_RANK, enable_lora=lora is not None)
+    publisher = Publisher(store, registry, catalog, fleet, base.facts, limits)
+    app = _application(config, store, registry, catalog, fleet, publisher, socket_dir)
+    return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, lora)
+
+
+def lora_sizing(config: ServeConfig, base: ServedBase, machine: Machine) -> sizing.LoraSizing | None:
+    """Slots for the base's engine; None where vLLM cannot put adapters on its architecture."""
+    rules = [architecture_rules(name) for name in base.facts.architectures]
+    if not any(rule is not None and rule.lora for rule in rules):
+        log.warning(
+            "%s: vLLM puts no adapters on %s; all pushed models get engines of their own",
+            base.name,
+            base.facts.architectures,
+        )
+        return None
+    engine = config.engine
+    linear = [shape for name, shape in base.facts.modules.items() if name not in base.facts.embedding_modules]
+    return sizing.choose(
+        linear,
+        memory_bytes=machine.memory_bytes,
+        max_loras=engine.max_loras,
+        max_cpu_loras=engine.max_cpu_loras,
+        max_lora_rank=engine.max_lora_rank,
+    )
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """Makes engines; each start of one gets a fresh socket."""
+
+    config: ServeConfig
+    machine: Machine
+    base_model: ServedBase
+    lora: sizing.LoraSizing | None
+    socket_dir: Path
+
+    def base(self) -> Engine | AttachedEngine:
+        config = self.config
+        if config.engine.url is not None:
+            return AttachedEngine(config.engine.url)
+        return Engine(
+            EnginePlan(
+                label="the base",
+                make_command=lambda socket: base_command(
+                    self.base_model.model, socket, config.engine, config.dedicated, self.machine, self.lora
+                ),
+                socket_dir=self.socket_dir,
+                log_path=config.data_dir / "logs" / "engine-base.log",
+                start_timeout_s=config.engine.start_timeout_s,
+                needs_corrected_lora=self.lora is not None,
+                restarts=True,
+            )
+        )
+
+    def dedicated(self, digest: str, name: str, directory: Path) -> Engine:
+        config = self.config
+        return Engine(
+            EnginePlan(
+                label=repr(name),
+                make_command=lambda socket: dedicated_command(
+                    directory, digest, socket, config.engine, config.dedicated, self.machine
+                ),
+                socket_dir=self.socket_dir,
+                log_path=config.data_dir / "logs" / f"engine-{digest.removeprefix('sha256:')[:16]}.log",
+                start_timeout_s=config.dedicated.start_timeout_s,
+                needs_corrected_lora=False,
+                restarts=False,
+            )
+        )
+
+
+def _application(
+    config: ServeConfig,
+    store: LocalStore,
+    registry: Registry,
+    catalog: Catalog,
+    fleet: Fleet,
+    publisher: Publisher,
+    socket_dir: Path,
+) -> FastAPI:
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        fleet.start()
+        try:
+            yield
+        finally:
+            await fleet.stop()
+            registry.close()
+            with contextlib.suppress(OSError):
+                socket_dir.rmdir()
+
+    app = FastAPI(title="Loradock", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    proxy = OpenAIProxy(catalog, fleet, max_body_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)
+    for path in OPENAI_PATHS:
+        app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
+    states = States(fleet)
+    app.include_router(models_router(catalog, publisher, states))
+    app.include_router(adapters_router(store, registry, publisher, states, max_upload_bytes=config.max_upload_bytes))
+    app.include_router(ops_router(fleet))
+
+    @app.exception_handler(LoradockError)
+    async def explained(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, LoradockError)
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        response = error_response(BadRequestError(message, code="unknown_route"))
+        response.status_code = error.status_code
+        return response
+
+    return app

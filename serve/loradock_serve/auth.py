@@ -1,0 +1,67 @@
+"""Who may come in: one admin key, or no key and this machine only.
+
+A plain ASGI wrapper around the whole application, so that no route can be forgotten. Tenants and roles come later.
+"""
+
+import hmac
+import ipaddress
+from collections.abc import Iterable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loradock_serve.errors import ForbiddenError, GatewayError, UnauthorizedError
+from loradock_serve.http_errors import error_response
+
+OPEN_PATHS = frozenset({"/livez", "/health"})
+"""What load balancers and container health checks ask without a key."""
+
+
+class Doorkeeper:
+    """Lets a request through to `app`, or answers it 401 or 403."""
+
+    def __init__(self, app: ASGIApp, admin_key: str | None) -> None:
+        self._app = app
+        self._key = admin_key.encode() if admin_key is not None else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in OPEN_PATHS else None
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> GatewayError | None:
+        if self._key is None:
+            # A web page can make a browser send requests to this machine; only its own names may stand in Host.
+            return (
+                None
+                if _names_this_machine(_header(scope["headers"], b"host"))
+                else ForbiddenError(
+                    "Without an admin key only this machine is served, under its loopback names: "
+                    "set LORADOCK_ADMIN_KEY on the server"
+                )
+            )
+        scheme, _, token = _header(scope["headers"], b"authorization").partition(b" ")
+        if not token:
+            return UnauthorizedError(
+                "This server needs an API key: send `Authorization: Bearer KEY` (LORADOCK_API_KEY)"
+            )
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
+            return UnauthorizedError("The API key is not one of this server's")
+        return None
+
+
+def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
+    return next((value for key, value in headers if key == name), b"")
+
+
+def _names_this_machine(host: bytes) -> bool:
+    name = host.decode("latin-1").strip()
+    name = name[1 : name.find("]")] if name.startswith("[") else name.rsplit(":", 1)[0]
+    if name in ("localhost", ""):
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name.endswith(".localhost")

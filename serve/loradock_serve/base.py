@@ -1,0 +1,62 @@
+"""The base that `loradock serve` was told to serve: where it is, what it is called, and what comes with it.
+
+A directory, a run directory of the trainer, or a Hub id (then only its small files are fetched here; the engine
+fetches the weights itself). Loads no weights.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from loradock_adapters.base import BaseModel, base_from
+from loradock_adapters.checkpoint import read_checkpoint, resolve_checkpoint_dir
+from loradock_adapters.errors import LoradockError, NotFoundError
+from loradock_serve.errors import ServeConfigError
+from loradock_serve.rewrite import Behaviour
+
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True)
+class ServedBase:
+    """Everything the gateway needs to know of the base."""
+
+    name: str
+    """The last part of its id or path: what it answers under, beside `base`."""
+    model: str
+    """What the engine is given: a directory, or the Hub id."""
+    facts: BaseModel
+    behaviour: Behaviour
+    """Its own chat template and stop tokens, to tell an adapter's from."""
+
+
+def find_base(base: str, revision: str | None = None) -> ServedBase:
+    """The base at a path or Hub id. Raises ServeConfigError where there is none, or it cannot be read."""
+    path = Path(base).expanduser()
+    try:
+        if path.is_dir():
+            directory = resolve_checkpoint_dir(path).resolve()
+            model, name = str(directory), path.resolve().name
+        else:
+            directory = _fetch_small_files(base, revision)
+            model, name = base, PurePosixPath(base).name
+        facts = base_from(directory, model_id=base)
+        checkpoint = read_checkpoint(directory)
+    except NotFoundError as error:
+        raise ServeConfigError(f"base {base!r}: {error}") from error
+    except LoradockError as error:
+        raise ServeConfigError(f"base {base!r} cannot be served: {error}") from error
+    return ServedBase(name, model, facts, Behaviour(checkpoint.chat_template, checkpoint.stop_token_ids))
+
+
+def _fetch_small_files(base: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, revision=revision, allow_patterns=SMALL_FILES))
+    except HFValidationError:
+        raise NotFoundError("neither a directory nor a Hub id (org/name)") from None
+    except LocalEntryNotFoundError as error:
+        raise NotFoundError(f"not a directory, and the Hub cannot be reached: {error}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise NotFoundError(f"not a directory, and the Hub does not give it: {error}") from error

@@ -1,0 +1,128 @@
+"""From what a request calls a model to the version that answers, and what `/v1/models` shows.
+
+`base` and the last part of the base's id are the base; everything else is looked up in the registry, through a small
+cache that every change of a name clears. Knows nothing of engines but the states it is told.
+"""
+
+import difflib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from loradock_adapters.errors import InvalidNameError, NotFoundError
+from loradock_adapters.names import parse_ref
+from loradock_adapters.registry import Registry, Version
+from loradock_serve.engine_command import BASE_NAME
+from loradock_serve.errors import ConflictError, ModelNotFoundError
+from loradock_serve.rewrite import Behaviour
+
+MAX_CACHED = 4096
+NEAR_NAMES = 3
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model as a request named it."""
+
+    public_name: str
+    version: Version | None
+    """None: the base itself."""
+    behaviour: Behaviour
+
+    @property
+    def engine_name(self) -> str:
+        """What the engine calls it."""
+        return BASE_NAME if self.version is None else self.version.digest
+
+
+class Catalog:
+    """Names to versions. Reads come from the event loop; changes go through `changed()`."""
+
+    def __init__(self, registry: Registry, base_name: str, base_behaviour: Behaviour) -> None:
+        self.base_name = base_name
+        self._registry = registry
+        self._base = base_behaviour
+        self._cache: dict[str, Resolved] = {}
+        self._created = int(time.time())
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Every name that the base answers under."""
+        return (self.base_name, BASE_NAME) if self.base_name != BASE_NAME else (BASE_NAME,)
+
+    def changed(self) -> None:
+        """A name points elsewhere now."""
+        self._cache.clear()
+
+    def resolve(self, model: str) -> Resolved:
+        """The version behind `model`; ModelNotFoundError with near names where there is none."""
+        known = self._cache.get(model)
+        if known is not None:
+            return known
+        if model in self.base_names:
+            resolved = Resolved(model, None, Behaviour())
+        else:
+            version = self._look_up(model)
+            resolved = Resolved(model, version, self._behaviour(version))
+        if len(self._cache) >= MAX_CACHED:
+            self._cache.clear()
+        self._cache[model] = resolved
+        return resolved
+
+    def _look_up(self, model: str) -> Version:
+        try:
+            return self._registry.resolve(parse_ref(model))
+        except (InvalidNameError, NotFoundError):
+            raise ModelNotFoundError(model, self._near(model)) from None
+
+    def _near(self, model: str) -> list[str]:
+        names = [*self.base_names, *(version.name for version in self._registry.models())]
+        return difflib.get_close_matches(model, names, n=NEAR_NAMES, cutoff=0.5)
+
+    def _behaviour(self, version: Version) -> Behaviour:
+        if version.placement == "dedicated":
+            return Behaviour()  # its own engine reads its own template and generation config
+        # What equals the base's needs no saying; the engine then does as it does for the base.
+        template = version.chat_template if version.chat_template != self._base.chat_template else None
+        stops = tuple(token for token in version.stop_token_ids if token not in self._base.stop_token_ids)
+        return Behaviour(template, stops)
+
+    def check_free(self, name: str) -> None:
+        """ConflictError where `name` belongs to the base."""
+        if name in self.base_names:
+            raise ConflictError(f"{name!r} is the base's own name on this server; choose another")
+
+    def cards(self, base_state: str, state_of: Callable[[Version], str]) -> list[dict[str, Any]]:
+        """All entries of `/v1/models`, the base first."""
+        return [
+            self.base_card(base_state),
+            *(version_card(version, version.name, state_of(version)) for version in self._registry.models()),
+        ]
+
+    def base_card(self, state: str) -> dict[str, Any]:
+        """The base's entry."""
+        about: dict[str, Any] = {"kind": "base", "placement": "shared", "version": None, "digest": None, "state": state}
+        about["aliases"] = [name for name in self.base_names if name != self.base_name]
+        return _card(self.base_name, self._created, about)
+
+
+def version_card(version: Version, name: str, state: str) -> dict[str, Any]:
+    """One entry of `/v1/models`."""
+    about = {
+        "kind": version.kind,
+        "placement": version.placement,
+        "version": version.number,
+        "digest": version.digest,
+        "state": state,
+    }
+    return _card(name, int(version.created_at.timestamp()), about)
+
+
+def _card(name: str, created: int, about: dict[str, Any]) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": "loradock", "loradock": about}
+
+
+def reasons_json(reasons: Sequence[Any]) -> list[dict[str, str]]:
+    """A verdict's reasons as they stand in answers."""
+    return [reason.to_json() for reason in reasons]

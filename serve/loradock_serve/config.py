@@ -1,0 +1,197 @@
+"""What `loradock serve` can be told: one frozen object from a YAML file, flags and the environment.
+
+Checked whole before anything starts: unknown keys, vLLM arguments that the pinned version does not have, and what
+Loradock sets itself, all reported at once. Knows nothing of processes or HTTP.
+"""
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from loradock_adapters.strict_config import explain, read_yaml
+from loradock_serve import engine_args
+from loradock_serve.errors import ServeConfigError
+
+LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
+"""The rank ladder of vLLM 0.32: every slot is allocated at one of these."""
+
+
+def default_data_dir() -> Path:
+    """`$XDG_DATA_HOME/loradock`, which is `~/.local/share/loradock` where that is not set."""
+    home = os.environ.get("XDG_DATA_HOME")
+    return (Path(home) if home else Path.home() / ".local" / "share") / "loradock"
+
+
+class EngineConfig(BaseModel):
+    """The engine that holds the base. Any other key is an argument of vLLM's server, dashes as underscores."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+
+    url: str | None = None
+    """Attach to an engine that something else runs: `http://host:port` or `unix:///path/to/socket`. Default: start
+    one."""
+    max_loras: Annotated[int, Field(ge=1)] | None = None
+    """Slots: adapters that can be in one batch. Minimum 1. Default: chosen from memory."""
+    max_cpu_loras: Annotated[int, Field(ge=1)] | None = None
+    """Adapters kept in host memory, slots included. Minimum `max_loras`. Default: four times the slots, at least 64."""
+    max_lora_rank: LoraRank | None = None
+    """The largest rank a slot can take. Default: 64."""
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Longest sequence in tokens, prompt and answer together. Default: the base's own limit."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the weights. Default: the checkpoint's own."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """Seconds from the start of the process until it must be ready (a first start may download weights). Default
+    1800."""
+    hold_s: Annotated[float, Field(ge=0)] = 120.0
+    """Seconds a request is held while the base engine starts or restarts, before it is answered 503. Default 120."""
+    cpu_cores: str | None = None
+    """CPU builds only: the cores of the engine's compute threads, as "0-3" or "0,2". Default: all this process may
+    use."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    """CPU builds only: GiB of memory for the KV cache. Default: an eighth of the machine's memory, at most 4."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = engine_args.problems_with(self.model_extra or {}, "engine")
+        if self.max_loras is not None and self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            problems.append(f"engine.max_cpu_loras: {self.max_cpu_loras} is below engine.max_loras, {self.max_loras}")
+        if self.url is not None and not self.url.startswith(("http://", "https://", "unix://")):
+            problems.append(f"engine.url: {self.url!r} starts with none of http://, https://, unix://")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def vllm_arguments(self) -> Mapping[str, Any]:
+        """The keys that are vLLM's own, as written."""
+        return self.model_extra or {}
+
+
+class DedicatedConfig(BaseModel):
+    """Engines of their own for what cannot be hot-swapped: full models, DoRA, `modules_to_save`, over-rank adapters."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_engines: Annotated[int, Field(ge=0)] = 1
+    """How many may run at once beside the base. 0 refuses such models. Default 1."""
+    idle_timeout_s: Annotated[float, Field(gt=0)] = 900.0
+    """Seconds without a request after which one is stopped. Default 900."""
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds a request for one is held while it starts, before it is answered 503. Default 600."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """GPU builds only: share of the GPU's memory for each. With `devices` unset the base gets what is left. Default
+    0.3."""
+    devices: str | None = None
+    """GPU builds only: CUDA_VISIBLE_DEVICES of these engines, as "1" or "2,3". Default: the base's devices."""
+    engine: Mapping[str, Any] = {}
+    """vLLM arguments for these engines, over those of the `engine` section that are not about adapters."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = engine_args.problems_with(self.engine, "dedicated.engine")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+def _expanded(path: Path) -> Path:
+    return path.expanduser()
+
+
+DirectoryPath = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
+
+
+class ServeConfig(BaseModel):
+    """Everything `loradock serve` can be told."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    base: str
+    """The base model: a Hub id, a checkpoint directory, or a run directory of `loradock train`."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Anything but loopback needs an admin key. Default 127.0.0.1."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    """Port to listen on; 0 takes a free one and prints it. Default 8080."""
+    data_dir: DirectoryPath = Field(default_factory=default_data_dir)
+    """Where uploads, the registry and engine logs live. Default `~/.local/share/loradock`."""
+    admin_key_file: DirectoryPath | None = None
+    """A file whose content is the admin key. The environment's LORADOCK_ADMIN_KEY is the other way. Default: none."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds after which a request that is still running is cut off. Default 3600."""
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
+    """Largest JSON body in bytes. Minimum 1024. Default 64 MiB."""
+    max_upload_bytes: Annotated[int, Field(ge=1024)] = 256 * 1024**3
+    """Largest single uploaded file in bytes. Minimum 1024. Default 256 GiB."""
+    engine: EngineConfig = EngineConfig()
+    """The engine that holds the base."""
+    dedicated: DedicatedConfig = DedicatedConfig()
+    """Engines for what cannot be hot-swapped."""
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the gateway."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ServeConfig:
+    """The configuration from a file (or none) with the flags in `overrides` on top; None there means "not given".
+
+    Raises ServeConfigError with every problem, or UsageError where the file cannot be read.
+    """
+    data = read_yaml(path) if path is not None else {}
+    data |= {key: value for key, value in overrides.items() if value is not None}
+    if path is not None and isinstance(data.get("base"), str) and "base" not in {k for k, v in overrides.items() if v}:
+        data["base"] = _beside(path, data["base"])
+    try:
+        return ServeConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [_flatten(line) for problem in explain(error, ServeConfig) for line in problem.splitlines()]
+        where = f"{path}" if path is not None else "the command line"
+        raise ServeConfigError(
+            f"{where} has {len(lines)} problem(s):\n" + "\n".join(f"  {line}" for line in lines)
+        ) from error
+
+
+def _beside(path: Path, base: str) -> str:
+    """A relative directory in a config file is meant from that file; anything else (a Hub id) stays as it is."""
+    candidate = path.parent / base
+    return str(candidate) if base.startswith(".") or candidate.is_dir() else base
+
+
+def _flatten(line: str) -> str:
+    # Our own validators name the whole key; pydantic puts the section's name before it once more.
+    for section in ("engine: engine.", "dedicated: dedicated."):
+        if line.startswith(section):
+            return line.removeprefix(section.split(" ")[0]).strip()
+    return line
+
+
+def read_admin_key(config: ServeConfig, environment: Mapping[str, str]) -> str | None:
+    """The admin key from the environment or the file; None where there is neither.
+
+    Raises ServeConfigError when the address is not loopback and there is no key, or the file is empty or unreadable.
+    """
+    key = environment.get("LORADOCK_ADMIN_KEY", "").strip()
+    if not key and config.admin_key_file is not None:
+        try:
+            key = config.admin_key_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ServeConfigError(f"admin_key_file: {config.admin_key_file} cannot be read: {error}") from error
+        if not key:
+            raise ServeConfigError(f"admin_key_file: {config.admin_key_file} is empty; put a long random key in it")
+    if not key and not config.is_loopback:
+        raise ServeConfigError(
+            f"host {config.host} is reachable from other machines, and there is no admin key: set LORADOCK_ADMIN_KEY "
+            "or admin_key_file, or listen on 127.0.0.1"
+        )
+    return key or None

@@ -1,0 +1,286 @@
+"""An engine and its life: started on demand, watched, restarted, stopped. One task owns the state.
+
+    stopped ──ensure_ready──▶ starting ──healthy, corrected──▶ ready ──stop──▶ stopping ──▶ stopped
+                                 │                               │
+                                 └── failed ◀── exit or no answer ┘   (the base restarts by itself, with growing pauses)
+
+Callers never check and then act: they `ensure_ready()` and get the client of the start that is ready. Knows nothing
+of models or adapters; that a new start has loaded nothing shows in `EngineStart.number`.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loradock_serve.engine_client import EngineClient, EngineStatus
+from loradock_serve.engine_command import EngineCommand
+from loradock_serve.errors import EngineError, EngineStartError, EngineUnavailableError
+from loradock_serve.process import EngineProcess
+
+log = logging.getLogger("loradock.engine")
+
+State = Literal["stopped", "starting", "ready", "stopping", "failed"]
+READY_POLL_S = 0.25
+HEALTH_POLL_S = 1.0
+# A busy API process can miss probes; a dead engine says so, or its process ends, long before this.
+MISSED_PROBES = 24
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
+STABLE_AFTER_S = 120.0
+
+
+@dataclass(frozen=True, eq=False)
+class EngineStart:
+    """One start of an engine that became ready."""
+
+    number: int
+    client: EngineClient
+    status: EngineStatus | None
+    """None for an attached engine without our plug-in."""
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """How to run an engine: everything but the socket, which is fresh at every start."""
+
+    label: str
+    """For logs and messages: "base", or the model's name."""
+    make_command: Callable[[Path], EngineCommand]
+    socket_dir: Path
+    log_path: Path
+    start_timeout_s: float
+    needs_corrected_lora: bool
+    """Whether the engine must report the corrected LoRA wrapper before it counts as ready."""
+    restarts: bool
+    """Whether it starts again by itself after a crash, as the base does."""
+
+
+class Engine:
+    """See the top of the file."""
+
+    def __init__(self, plan: EnginePlan) -> None:
+        self.plan = plan
+        self.state: State = "stopped"
+        self.last_error: str | None = None
+        self.starts = 0
+        self._task: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[EngineStart] = asyncio.get_running_loop().create_future()
+        self._stop_wanted = asyncio.Event()
+        self._suspected = asyncio.Event()
+
+    @property
+    def current(self) -> EngineStart | None:
+        """The start that is ready now."""
+        return self._ready.result() if self.state == "ready" else None
+
+    @property
+    def pid(self) -> int | None:
+        """The process group of the engine while one runs."""
+        return self._process.pid if self._process is not None else None
+
+    _process: EngineProcess | None = None
+
+    def start(self) -> None:
+        """Begin to start, unless it is running or on its way."""
+        if self._task is None or self._task.done():
+            self._stop_wanted.clear()
+            self._renew_ready()
+            self.state = "starting"
+            self._task = asyncio.create_task(self._live(), name=f"engine {self.plan.label}")
+
+    async def ensure_ready(self, timeout_s: float) -> EngineStart:
+        """The ready start, waiting up to `timeout_s` for it; starts the engine where it does not run.
+
+        Raises EngineStartError when this start fails, EngineUnavailableError when the time is over.
+        """
+        if self.state == "stopping" and self._task is not None:
+            await asyncio.wait([self._task])
+        self.start()
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._ready), timeout_s)
+        except TimeoutError:
+            reason = f": {self.last_error}" if self.last_error else ""
+            raise EngineUnavailableError(
+                f"The engine of {self.plan.label} is not ready after {timeout_s:.0f} s{reason}", retry_after_s=10
+            ) from None
+
+    def suspect(self) -> None:
+        """A request saw the engine fail: look at its health now rather than at the next probe."""
+        self._suspected.set()
+
+    async def stop(self) -> None:
+        """Stop the engine and wait until nothing of it is left."""
+        task = self._task
+        if task is None or task.done():
+            return
+        self._stop_wanted.set()
+        self._suspected.set()
+        await asyncio.wait([task])
+
+    def _renew_ready(self) -> None:
+        if self._ready.done():
+            self._ready = asyncio.get_running_loop().create_future()
+
+    async def _live(self) -> None:
+        pause_s = FIRST_PAUSE_S
+        while True:
+            began = time.monotonic()
+            await self._one_start()
+            if self._stop_wanted.is_set():
+                break
+            if not self.plan.restarts:
+                self.state = "failed"
+                return
+            self._renew_ready()
+            if time.monotonic() - began > STABLE_AFTER_S:
+                pause_s = FIRST_PAUSE_S
+            log.warning("engine %s restarts in %.0f s: %s", self.plan.label, pause_s, self.last_error)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_wanted.wait(), pause_s)
+            if self._stop_wanted.is_set():
+                break
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            self.state = "starting"
+        self._fail_waiters(EngineUnavailableError(f"The engine of {self.plan.label} is being stopped"))
+        self.state = "stopped"
+
+    async def _one_start(self) -> None:
+        """From process start to process end, however it comes."""
+        self.starts += 1
+        socket = self.plan.socket_dir / f"{self.starts}-{time.monotonic_ns() % 10**9}.sock"
+        self._process = process = await EngineProcess.start(self.plan.make_command(socket), self.plan.log_path)
+        client = EngineClient(f"unix://{socket}")
+        ended = asyncio.create_task(process.wait())
+        try:
+            status = await self._until_ready(client, process, ended)
+            self.state, self.last_error = "ready", None
+            self._ready.set_result(EngineStart(self.starts, client, status))
+            log.info("engine %s is ready (start %d)", self.plan.label, self.starts)
+            await self._until_broken(client, ended)
+        except EngineError as error:
+            self.last_error = str(error)
+            if not self._stop_wanted.is_set():
+                log.error("engine %s: %s", self.plan.label, error)
+                self._fail_start(error)
+        finally:
+            self.state = "stopping" if self._stop_wanted.is_set() else "starting"
+            if self._ready.done():
+                self._renew_ready()
+            await client.close()
+            await (process.stop() if self._stop_wanted.is_set() else process.kill())
+            await ended
+            self._process = None
+
+    async def _until_ready(
+        self, client: EngineClient, process: EngineProcess, ended: asyncio.Task[int]
+    ) -> EngineStatus | None:
+        deadline = time.monotonic() + self.plan.start_timeout_s
+        while True:
+            if ended.done():
+                tail = process.log_tail()
+                raise EngineStartError(f"The engine of {self.plan.label} ended with status {ended.result()}:\n{tail}")
+            if time.monotonic() > deadline:
+                raise EngineStartError(
+                    f"The engine of {self.plan.label} was not ready within {self.plan.start_timeout_s:.0f} s; "
+                    f"its log is {process.log_path}"
+                )
+            if self._stop_wanted.is_set():
+                raise EngineUnavailableError(f"The engine of {self.plan.label} is being stopped")
+            if process.socket.exists() and await client.is_healthy():
+                break
+            await asyncio.wait([ended], timeout=READY_POLL_S)
+        status = await client.status()
+        if self.plan.needs_corrected_lora and (status is None or not status.corrected):
+            wrapper = status.lora_wrapper if status is not None else "no plug-in at all"
+            raise EngineStartError(
+                f"The engine of {self.plan.label} runs without Loradock's corrected LoRA wrapper ({wrapper}) and would "
+                "answer with the wrong weights; is `loradock` installed in the engine's environment?"
+            )
+        return status
+
+    async def _until_broken(self, client: EngineClient, ended: asyncio.Task[int]) -> None:
+        """Watch a ready engine; returns when it is to stop, raises EngineError when it broke."""
+        missed = 0
+        while not self._stop_wanted.is_set():
+            wake = asyncio.create_task(self._suspected.wait())
+            await asyncio.wait({wake, ended}, timeout=HEALTH_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+            wake.cancel()
+            self._suspected.clear()
+            if ended.done():
+                raise EngineError(f"The engine of {self.plan.label} ended with status {ended.result()}")
+            if self._stop_wanted.is_set():
+                return
+            healthy = await client.is_healthy()
+            missed = 0 if healthy else missed + 1
+            if healthy is False or missed > MISSED_PROBES:
+                raise EngineError(f"The engine of {self.plan.label} is dead: its health check fails")
+
+    def _fail_start(self, error: EngineError) -> None:
+        # The base goes on trying, so its waiters wait on for the next start; others learn at once that this one failed.
+        if not self.plan.restarts:
+            self._fail_waiters(error)
+
+    def _fail_waiters(self, error: EngineError) -> None:
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self._ready.exception()  # seen: there may be no waiter at all
+
+
+class AttachedEngine:
+    """An engine that something else runs (`engine: {url: …}`): reached, watched, never started or stopped."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.state: State = "starting"
+        self.last_error: str | None = None
+        self.starts = 0
+        self.pid: int | None = None
+        self._client = EngineClient(url)
+        self._current: EngineStart | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def current(self) -> EngineStart | None:
+        """What is known of the engine since it last answered."""
+        return self._current
+
+    def start(self) -> None:
+        """Nothing to start: the first request, or health check, looks."""
+
+    async def ensure_ready(self, timeout_s: float) -> EngineStart:
+        """The engine's client once it answers; EngineUnavailableError after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        async with self._lock:
+            while self._current is None:
+                if await self._client.is_healthy():
+                    self.starts += 1
+                    self._current = EngineStart(self.starts, self._client, await self._client.status())
+                    self.state = "ready"
+                    self._say_what_it_serves()
+                elif time.monotonic() > deadline:
+                    self.last_error = f"The engine at {self.url} does not answer"
+                    raise EngineUnavailableError(self.last_error, retry_after_s=10)
+                else:
+                    await asyncio.sleep(READY_POLL_S)
+            return self._current
+
+    def _say_what_it_serves(self) -> None:
+        status = self._current.status if self._current else None
+        if status is None:
+            log.warning("the engine at %s runs without Loradock's plug-in: it serves the base only", self.url)
+        elif not status.corrected:
+            log.warning("the engine at %s runs vLLM's own CPU LoRA wrapper: it serves the base only", self.url)
+
+    def suspect(self) -> None:
+        """A request saw it fail: whatever runs it may have restarted it, so ask again who it is."""
+        self._current = None
+        self.state = "starting"
+
+    async def stop(self) -> None:
+        """Let go of it."""
+        await self._client.close()
+        self.state = "stopped"

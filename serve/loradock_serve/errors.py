@@ -1,0 +1,123 @@
+"""Every error that the gateway raises on purpose. Status codes are not here: `http_errors.py` maps the types once.
+
+LoradockError
+├── UsageError                    exit code 2
+│   └── ServeConfigError          a config file or flag of `loradock serve` is wrong
+└── GatewayError
+    ├── BadRequestError           the request itself is wrong
+    ├── UnauthorizedError         no key, or a wrong one
+    ├── ForbiddenError            the key, or the way in, does not allow this
+    ├── ModelNotFoundError        no such model; carries near names
+    ├── ConflictError             the request contradicts what is stored, or how this server is set up
+    ├── TooLargeError             a body is over its limit
+    ├── DeadlineError             the request ran longer than the server lets requests run
+    └── EngineError
+        ├── EngineUnavailableError    not up within the deadline; carries Retry-After
+        ├── EngineStartError          an engine that will not start; carries the tail of its log
+        ├── EngineRouteError          the model's engine has no such route
+        └── EngineRefusedError        the engine refuses what it was asked to load
+"""
+
+from collections.abc import Sequence
+
+from loradock_adapters.errors import LoradockError, UsageError
+
+
+class ServeConfigError(UsageError):
+    """The configuration is wrong; the message lists every problem, a line each."""
+
+    code = "invalid_config"
+
+
+class GatewayError(LoradockError):
+    """Something that an HTTP client is told about."""
+
+    code = "gateway_error"
+    param: str | None = None
+
+
+class BadRequestError(GatewayError):
+    """The request cannot be understood or asks for something that is not allowed."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or type(self).code
+
+
+class UnauthorizedError(GatewayError):
+    """No API key, or one that is not known."""
+
+    code = "invalid_api_key"
+
+
+class ForbiddenError(GatewayError):
+    """The caller is known, or needs no key, but may not do this."""
+
+    code = "forbidden"
+
+
+class ModelNotFoundError(GatewayError):
+    """No model of that name; `near` are the closest names that exist."""
+
+    code = "model_not_found"
+    param = "model"
+
+    def __init__(self, name: str, near: Sequence[str] = ()) -> None:
+        hint = f" Near names: {', '.join(near)}." if near else " `GET /v1/models` lists what is served."
+        super().__init__(f"The model {name!r} does not exist.{hint}")
+        self.near = tuple(near)
+
+
+class ConflictError(GatewayError):
+    """What is asked contradicts what is stored."""
+
+    code = "conflict"
+
+
+class TooLargeError(GatewayError):
+    """A body, or a file that a header announces, is over the limit."""
+
+    code = "too_large"
+
+
+class DeadlineError(GatewayError):
+    """The request ran longer than `request_timeout_s`."""
+
+    code = "deadline_exceeded"
+
+
+class EngineError(GatewayError):
+    """Something about the engine behind the gateway."""
+
+    code = "engine_error"
+
+
+class EngineUnavailableError(EngineError):
+    """The engine is not up, and did not come up before the deadline."""
+
+    code = "engine_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineStartError(EngineUnavailableError):
+    """The engine process ended, or said nothing in time, before it was ready."""
+
+    code = "engine_start_failed"
+
+
+class EngineRouteError(EngineError):
+    """The engine of this model has no such route."""
+
+    code = "unsupported_route"
+
+
+class EngineRefusedError(EngineError):
+    """The engine will not load the adapter; the message is the engine's own."""
+
+    code = "engine_refused_adapter"

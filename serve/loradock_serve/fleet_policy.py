@@ -1,0 +1,35 @@
+"""Which dedicated engine has to go: a pure function of what is seen, without clock or effect."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineView:
+    """What the policy sees of one dedicated engine."""
+
+    digest: str
+    in_use: int
+    """Requests that run on it or are held for it."""
+    last_used_s: float
+    """Monotonic time of the end of its last request, or of its creation."""
+
+
+def idle_too_long(engines: Iterable[EngineView], now_s: float, idle_timeout_s: float) -> list[str]:
+    """The digests of the engines that nobody used for `idle_timeout_s`."""
+    return [view.digest for view in engines if not view.in_use and now_s - view.last_used_s >= idle_timeout_s]
+
+
+def make_room(engines: Iterable[EngineView], max_engines: int) -> tuple[bool, str | None]:
+    """Whether one more engine may start now, and which has to stop first.
+
+    `(True, None)`: there is room. `(True, digest)`: after stopping that one, the least recently used of the idle.
+    `(False, None)`: all are in use; wait until one is not.
+    """
+    views = list(engines)
+    if len(views) < max_engines:
+        return True, None
+    idle = [view for view in views if not view.in_use]
+    if not idle:
+        return False, None
+    return True, min(idle, key=lambda view: view.last_used_s).digest

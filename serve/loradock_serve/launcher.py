@@ -1,0 +1,86 @@
+"""A small parent for one engine: whatever happens, the engine's whole process group ends with it.
+
+Run by the gateway as `python -I launcher.py COMMAND…` in a process session of its own. vLLM starts children that
+outlive a killed parent; this process, standard library only, stays beside them and ends the group in two cases: the
+engine's first process exits (its children must not keep memory or the socket), or the gateway is gone, which shows as
+end-of-file on standard input. Exits with the engine's own status.
+"""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+GRACE_S = 10.0
+"""Between asking an engine to stop and killing its group. vLLM aborts what runs and exits within a second or two."""
+POLL_S = 0.5
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
+def main(command: list[str]) -> int:
+    """Run `command` until it ends or is to end; its exit status, 128 + N where signal N ended it."""
+    wake_read = _wakeup_pipe()
+    engine = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    stopping_since: float | None = None
+    while engine.poll() is None:
+        watched = [wake_read] if stopping_since is not None else [sys.stdin.fileno(), wake_read]
+        readable, _, _ = select.select(watched, [], [], POLL_S)
+        if stopping_since is None and _asked_to_stop(readable, wake_read):
+            stopping_since = time.monotonic()
+            engine.terminate()
+        if stopping_since is not None and time.monotonic() - stopping_since > GRACE_S:
+            break
+    kill_group_but_me()
+    status = engine.wait()
+    return status if status >= 0 else 128 - status
+
+
+def _wakeup_pipe() -> int:
+    # Signals become bytes on a pipe, so that one select() waits for all three: a child, a signal, the gateway's end.
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_write, False)
+    for number in (*STOP_SIGNALS, signal.SIGCHLD):
+        signal.signal(number, lambda _number, _frame: None)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+    return wake_read
+
+
+def _asked_to_stop(readable: list[int], wake_read: int) -> bool:
+    gateway_gone = sys.stdin.fileno() in readable and not os.read(sys.stdin.fileno(), 1)
+    signalled = wake_read in readable and bool(STOP_SIGNALS & set(os.read(wake_read, 64)))
+    return gateway_gone or signalled
+
+
+def kill_group_but_me() -> None:
+    """SIGKILL every other process of this process group, again until none is left (one may fork meanwhile)."""
+    group, me = os.getpgrp(), os.getpid()
+    for _ in range(20):
+        others = [pid for pid in _processes() if pid != me and _group_of(pid) == group]
+        if not others:
+            return
+        for pid in others:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.05)
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - plain names are wanted
+
+
+def _group_of(pid: int) -> int | None:
+    """The process group of a process that still runs; a zombie counts as gone."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+            state, _parent, group = file.read().rpartition(")")[2].split()[:3]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if state in ("Z", "X") else int(group)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,58 @@
+"""What `/metrics` counts. Labels are closed sets or bounded: model names come from outside, and there may be thousands.
+
+Knows nothing of HTTP or engines; whoever does the thing counts it.
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+REGISTRY = CollectorRegistry()
+MAX_MODEL_LABELS = 200
+"""Names that get a time series of their own; later ones count as "(other)"."""
+
+REQUESTS = Counter(
+    "loradock_requests_total",
+    "Requests to the OpenAI routes, by route and status.",
+    ["route", "status"],
+    registry=REGISTRY,
+)
+REQUEST_SECONDS = Histogram(
+    "loradock_request_seconds",
+    "From a request's arrival to the end of its answer.",
+    ["route"],
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
+    registry=REGISTRY,
+)
+IN_FLIGHT = Gauge("loradock_requests_in_flight", "Requests that are being answered or held.", registry=REGISTRY)
+TOKENS = Counter(
+    "loradock_tokens_total", "Tokens by the engine's own figures.", ["model", "direction"], registry=REGISTRY
+)
+ADAPTER_LOAD_SECONDS = Histogram(
+    "loradock_adapter_load_seconds",
+    "How long the engine took to load an adapter.",
+    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+    registry=REGISTRY,
+)
+UPLOADED_BYTES = Counter("loradock_uploaded_bytes_total", "Bytes stored from uploads.", registry=REGISTRY)
+PUBLISHES = Counter("loradock_publishes_total", "Uploads published or refused.", ["verdict"], registry=REGISTRY)
+ENGINE_UP = Gauge("loradock_engine_up", "1 while the base's engine is ready.", registry=REGISTRY)
+ENGINE_STARTS = Gauge(
+    "loradock_engine_starts", "Starts of the base's engine since the gateway's own.", registry=REGISTRY
+)
+
+_labelled: set[str] = set()
+
+
+def model_label(name: str) -> str:
+    """The name itself for the first `MAX_MODEL_LABELS` models that are metered, "(other)" after that."""
+    if name not in _labelled:
+        if len(_labelled) >= MAX_MODEL_LABELS:
+            return "(other)"
+        _labelled.add(name)
+    return name
+
+
+def meter(model: str, prompt_tokens: int, completion_tokens: int) -> None:
+    """Count the tokens of one answer."""
+    label = model_label(model)
+    TOKENS.labels(label, "prompt").inc(prompt_tokens)
+    TOKENS.labels(label, "completion").inc(completion_tokens)

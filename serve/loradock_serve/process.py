@@ -1,0 +1,101 @@
+"""One engine process: start it in a session of its own, wait for its end, leave nothing behind.
+
+The process is our small launcher, which is the parent of vLLM's own processes and ends them if this gateway dies
+(`launcher.py`). Knows nothing of vLLM's HTTP, nor of readiness.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections import deque
+from pathlib import Path
+
+from loradock_serve import launcher
+from loradock_serve.engine_command import EngineCommand
+
+STOP_GRACE_S = launcher.GRACE_S + 5.0
+LOG_TAIL_LINES = 30
+
+
+class EngineProcess:
+    """A running engine. Make one with `await EngineProcess.start(command, log_path)`."""
+
+    def __init__(self, process: asyncio.subprocess.Process, command: EngineCommand, log_path: Path) -> None:
+        self._process = process
+        self._command = command
+        self.log_path = log_path
+
+    @classmethod
+    async def start(cls, command: EngineCommand, log_path: Path) -> "EngineProcess":
+        """Start the engine; what it prints goes to `log_path`, where the log of the start before stays as `….1`.
+
+        The socket's path must be fresh: vLLM binds without unlinking, and a second start on one path fails.
+        """
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        if log_path.exists():
+            log_path.replace(log_path.with_name(log_path.name + ".1"))
+        with log_path.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-I",
+                launcher.__file__,
+                *command.argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=log,
+                stderr=asyncio.subprocess.STDOUT,
+                env=dict(command.environment),
+                start_new_session=True,
+            )
+        return cls(process, command, log_path)
+
+    @property
+    def pid(self) -> int:
+        """The launcher's process id, which is also the engine's process group."""
+        return self._process.pid
+
+    @property
+    def socket(self) -> Path:
+        """The Unix socket that the engine listens on."""
+        return self._command.socket
+
+    async def wait(self) -> int:
+        """Until the engine has ended; its exit status."""
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """Ask the engine to end, then make it; returns when the whole group and the socket are gone."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+            except TimeoutError:
+                self._kill_group()
+        await self.clean_up()
+
+    async def kill(self) -> None:
+        """End the engine at once: one that is already broken has nothing to finish."""
+        self._kill_group()
+        await self.clean_up()
+
+    async def clean_up(self) -> None:
+        """After the end, however it came: no process of the group and no socket stays."""
+        self._kill_group()
+        await self._process.wait()
+        with contextlib.suppress(FileNotFoundError):
+            self.socket.unlink()
+
+    def _kill_group(self) -> None:
+        # The session is the launcher's own, so the group is too; its id stays taken while any member lives.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def log_tail(self) -> str:
+        """The last lines that the engine printed, for an error message."""
+        try:
+            with self.log_path.open(encoding="utf-8", errors="replace") as log:
+                return "".join(deque(log, maxlen=LOG_TAIL_LINES)).rstrip()
+        except OSError as error:
+            return f"(its log {self.log_path} cannot be read: {error})"

@@ -1,0 +1,224 @@
+"""The OpenAI routes: one request, from its body to the last byte of its answer.
+
+    body ▶ model ▶ version ▶ lease of an engine (held while it starts) ▶ engine over its socket ▶ bytes back, as they
+    come ▶ meter
+
+Plain ASGI, because it is the hot path and because both ends of a connection must be watched at once: a client that
+hangs up aborts its request in the engine, an engine that dies ends the stream with an error event. Knows nothing of
+uploads.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import aiohttp
+from starlette.types import Receive, Scope, Send
+
+from loradock_adapters.errors import LoradockError
+from loradock_serve import metrics, rewrite
+from loradock_serve.catalog import Catalog, Resolved
+from loradock_serve.errors import (
+    DeadlineError,
+    EngineError,
+    EngineRouteError,
+    EngineUnavailableError,
+    TooLargeError,
+)
+from loradock_serve.fleet import Fleet, Target
+from loradock_serve.reply import Reply
+from loradock_serve.sse import Usage
+
+log = logging.getLogger("loradock.requests")
+
+HOLD_COMMENT_EVERY_S = 5.0
+MAX_ERROR_BYTES = 64 * 1024
+FORWARDED = (b"x-request-id", b"traceparent", b"tracestate")
+ENGINE_GONE = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
+
+
+class OpenAIProxy:
+    """The ASGI endpoint of every OpenAI route that runs a model."""
+
+    def __init__(self, catalog: Catalog, fleet: Fleet, *, max_body_bytes: int, timeout_s: float) -> None:
+        self._catalog = catalog
+        self._fleet = fleet
+        self._max_body_bytes = max_body_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        began = time.monotonic()
+        request_id = _header(scope, b"x-request-id") or f"req-{uuid.uuid4().hex}"
+        reply = Reply(scope, receive, send, request_id)
+        metrics.IN_FLIGHT.inc()
+        try:
+            body = await read_body(receive, self._max_body_bytes, _header(scope, b"content-length"))
+            await self._until_hang_up(scope, receive, reply, body)
+        except LoradockError as error:
+            await reply.fail(error)
+        except ClientGoneError:
+            reply.status = 499
+        finally:
+            metrics.IN_FLIGHT.dec()
+            seconds = time.monotonic() - began
+            metrics.REQUESTS.labels(scope["path"], reply.status).inc()
+            metrics.REQUEST_SECONDS.labels(scope["path"]).observe(seconds)
+            log.info("%s %s %s %.3fs %s", scope["path"], reply.model or "-", reply.status, seconds, request_id)
+
+    async def _until_hang_up(self, scope: Scope, receive: Receive, reply: Reply, body: bytes) -> None:
+        """Answer the request; drop it, and with it the engine's work, the moment the client is gone or time is up."""
+        work = asyncio.create_task(self._answer(scope, reply, body))
+        gone = asyncio.create_task(_hang_up(receive))
+        try:
+            done, _ = await asyncio.wait({work, gone}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            if work in done:
+                return work.result()
+            if gone in done:
+                raise ClientGoneError
+            raise DeadlineError(f"The request was cut off after {self._timeout_s:.0f} s (`request_timeout_s`)")
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _answer(self, scope: Scope, reply: Reply, body: bytes) -> None:
+        path = scope["path"]
+        payload = rewrite.parse_body(body)
+        reply.model = rewrite.model_of(payload)
+        resolved = self._catalog.resolve(reply.model)
+        reply.version = resolved.version
+        out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour)
+        async with contextlib.AsyncExitStack() as stack:
+            async with _comments(reply, out.streams, resolved):
+                target = await stack.enter_async_context(self._fleet.lease(resolved.version))
+            with _engine_may_die(target, resolved):
+                answer = await target.client.post(path, out.body, _engine_headers(scope, reply.request_id))
+                stack.callback(answer.close)  # an answer that is not read to its end: the engine aborts the request
+                if answer.status != 200:
+                    await self._pass_error(answer, target, out, reply, path)
+                elif answer.content_type == "text/event-stream":
+                    await _stream(answer, target, out, reply)
+                else:
+                    await _whole(answer, out, reply)
+
+    async def _pass_error(
+        self, answer: aiohttp.ClientResponse, target: Target, out: rewrite.Outgoing, reply: Reply, path: str
+    ) -> None:
+        text = await answer.content.read(MAX_ERROR_BYTES)
+        if answer.status >= 500 and not await target.client.is_healthy():
+            target.engine.suspect()
+            raise EngineUnavailableError(f"The engine of {out.public_name!r} died; it is being restarted")
+        error = rewrite.engine_error(text, out)
+        if answer.status in (404, 405) and error["message"] in ("Not Found", "Method Not Allowed"):
+            raise EngineRouteError(f"The engine of {out.public_name!r} has no {path}: its model does another task")
+        await reply.fail_with(answer.status, error)
+
+
+class ClientGoneError(Exception):
+    """The client hung up; there is nobody to answer."""
+
+
+@contextlib.contextmanager
+def _engine_may_die(target: Target, resolved: Resolved) -> Iterator[None]:
+    try:
+        yield
+    except ENGINE_GONE as error:
+        target.engine.suspect()
+        raise EngineUnavailableError(
+            f"The engine of {resolved.public_name!r} went away while it was answering; it is being restarted"
+        ) from error
+
+
+@contextlib.asynccontextmanager
+async def _comments(reply: Reply, streams: bool, resolved: Resolved) -> AsyncIterator[None]:
+    """While the block waits for an engine, show a streaming client that its request lives."""
+
+    async def every_few_seconds() -> None:
+        while True:
+            await asyncio.sleep(HOLD_COMMENT_EVERY_S)
+            await reply.comment(f"waiting for the engine of {resolved.public_name}")
+
+    if not streams:
+        yield
+        return
+    task = asyncio.create_task(every_few_seconds())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _stream(answer: aiohttp.ClientResponse, target: Target, out: rewrite.Outgoing, reply: Reply) -> None:
+    rewriter = out.rewriter()
+    await reply.start_stream()
+    try:
+        async for chunk in answer.content.iter_any():
+            if data := rewriter.feed(chunk):
+                await reply.write(data)
+            if rewriter.error is not None:
+                break
+    finally:
+        _meter(out, rewriter.usage)
+    if rewriter.error is not None:
+        target.engine.suspect()
+        await reply.fail_with(500, rewriter.error | {"source": "engine"})
+    elif not rewriter.ended_well:
+        target.engine.suspect()
+        raise EngineError("The engine ended the stream before it was complete")
+    else:
+        await reply.end()
+
+
+async def _whole(answer: aiohttp.ClientResponse, out: rewrite.Outgoing, reply: Reply) -> None:
+    body, figures = rewrite.incoming(await answer.read(), out)
+    usage = Usage()
+    usage.take(figures)
+    _meter(out, usage)
+    await reply.whole(body, answer.headers.get("content-type", "application/json"))
+
+
+def _meter(out: rewrite.Outgoing, usage: Usage) -> None:
+    if usage.prompt_tokens or usage.completion_tokens:
+        metrics.meter(out.public_name, usage.prompt_tokens, usage.completion_tokens)
+
+
+async def read_body(receive: Receive, limit_bytes: int, announced: str) -> bytes:
+    """The whole request body. TooLargeError, from the header where it is announced; ClientGoneError where it breaks
+    off."""
+    if announced.isdigit() and int(announced) > limit_bytes:
+        raise TooLargeError(f"The body is {announced} bytes, over the limit of {limit_bytes} (`max_body_bytes`)")
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit_bytes:
+            raise TooLargeError(f"The body is over the limit of {limit_bytes} bytes (`max_body_bytes`)")
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    value = next((value for key, value in scope["headers"] if key == name), b"")
+    return str(value.decode("latin-1"))
+
+
+def _engine_headers(scope: Scope, request_id: str) -> dict[str, str]:
+    headers = {"content-type": "application/json", "x-request-id": request_id}
+    for key, value in scope["headers"]:
+        if key in FORWARDED[1:]:
+            headers[key.decode()] = value.decode("latin-1")
+    return headers

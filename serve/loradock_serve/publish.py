@@ -1,0 +1,149 @@
+"""From uploaded blobs to a version that answers: gate, proof by the engine, registry; the pointer moves last.
+
+A refused or broken upload is visible nowhere: the version's directory goes again, and no name has changed. One
+publish of a name at a time. Knows nothing of HTTP requests.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loradock_adapters.base import BaseModel
+from loradock_adapters.checkpoint import Checkpoint, read_checkpoint
+from loradock_adapters.engine_rules import EngineLimits
+from loradock_adapters.errors import RefusedError
+from loradock_adapters.gate import Verdict, judge
+from loradock_adapters.manifest import Manifest
+from loradock_adapters.names import check_name
+from loradock_adapters.problems import Problem
+from loradock_adapters.registry import Details, Registry, Version
+from loradock_adapters.store import LocalStore
+from loradock_serve.catalog import Catalog, reasons_json
+from loradock_serve.errors import EngineRefusedError, EngineUnavailableError
+from loradock_serve.fleet import Fleet
+from loradock_serve.metrics import PUBLISHES
+
+log = logging.getLogger("loradock.publish")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What became of a publish."""
+
+    version: Version
+    proven: bool
+    """Whether an engine has loaded it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As the HTTP API answers it."""
+        version = self.version
+        return {
+            "name": version.name,
+            "version": version.number,
+            "digest": version.digest,
+            "kind": version.kind,
+            "placement": version.placement,
+            "reasons": reasons_json(version.reasons),
+            "created": version.created,
+            "state": "ready" if self.proven else "unproven",
+        }
+
+
+class Publisher:
+    """See the top of the file."""
+
+    def __init__(
+        self,
+        store: LocalStore,
+        registry: Registry,
+        catalog: Catalog,
+        fleet: Fleet,
+        base: BaseModel,
+        limits: EngineLimits,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._catalog = catalog
+        self._fleet = fleet
+        self._base = base
+        self._limits = limits
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    async def publish(self, name: str, document: Mapping[str, Any]) -> Published:
+        """Publish the manifest in `document` as the next version of `name`.
+
+        Raises InvalidNameError, ConflictError, ManifestError, MissingBlobsError, or RefusedError with the gate's
+        problems.
+        """
+        check_name(name)
+        self._catalog.check_free(name)
+        manifest = Manifest.from_json({"files": document.get("files")})
+        lock = self._locks.setdefault(name, asyncio.Lock())
+        try:
+            async with lock:
+                return await self._publish(name, manifest)
+        finally:
+            if not lock.locked():
+                self._locks.pop(name, None)
+
+    async def _publish(self, name: str, manifest: Manifest) -> Published:
+        known = self._store.has_version(manifest.digest)
+        directory = await asyncio.to_thread(self._store.materialise, manifest)
+        try:
+            checkpoint, verdict = await asyncio.to_thread(self._judge, directory)
+            proven = await self._prove(manifest.digest, directory, verdict)
+            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, Details.of(checkpoint))
+        except RefusedError:
+            PUBLISHES.labels("rejected").inc()
+            if not known:
+                await asyncio.to_thread(self._store.discard_version, manifest.digest)
+            raise
+        self._catalog.changed()
+        PUBLISHES.labels(version.placement).inc()
+        log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)
+        return Published(version, proven)
+
+    def _judge(self, directory: Path) -> tuple[Checkpoint, Verdict]:
+        checkpoint = read_checkpoint(directory)
+        verdict = judge(checkpoint, self._base, self._limits)
+        if verdict.placement == "rejected":
+            raise RefusedError(verdict.reasons)
+        return checkpoint, verdict
+
+    async def _prove(self, digest: str, directory: Path, verdict: Verdict) -> bool:
+        """Have the base's engine load a shared adapter before anyone can name it.
+
+        An engine that is down proves nothing and hinders nothing: the version is then `unproven` until its first
+        request.
+        """
+        start = self._fleet.base.current
+        if verdict.placement != "shared" or start is None:
+            return False
+        self._fleet.refuse_without_plugin(start)
+        try:
+            await self._fleet.loader.ensure_loaded(start, digest, directory)
+        except EngineRefusedError as error:
+            fix = "the gate let pass what the engine cannot load: please report this adapter's config and tensor names"
+            raise RefusedError([Problem("engine_refused", str(error), "", fix)]) from error
+        except EngineUnavailableError as error:
+            log.warning("%s is published unproven: %s", digest, error)
+            return False
+        return True
+
+    async def remove(self, name: str) -> None:
+        """Forget a name and all its versions; engines let go of what no other name uses. NotFoundError."""
+        removed = await asyncio.to_thread(self._registry.delete, name)
+        self._catalog.changed()
+        for digest in {version.digest for version in removed} - self._registry.digests():
+            await self._fleet.forget(digest)
+        log.info("removed %s", name)
+
+    async def roll_back(self, name: str, number: int) -> Version:
+        """Point a name at one of its versions. NotFoundError."""
+        version = await asyncio.to_thread(self._registry.set_current, name, number)
+        self._catalog.changed()
+        log.info("%s points at version %d now", name, number)
+        return version

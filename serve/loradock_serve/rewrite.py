@@ -1,0 +1,144 @@
+"""What the gateway itself writes into a request, and what that means for the answer.
+
+Only these: the engine's name of the model; the usage option it meters by (hidden again when the client did not ask);
+and on chat requests the adapter's own chat template and stop tokens. Every other field goes through as it came. Pure;
+knows no engine.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loradock_serve.errors import BadRequestError
+from loradock_serve.sse import StreamRewriter
+
+CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+)
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a version brings along besides weights."""
+
+    chat_template: str | None = None
+    """Its own chat template; None means the engine's."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end its answers, where the request names none."""
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """A request on its way to the engine."""
+
+    body: bytes
+    streams: bool
+    hide_usage: bool
+    engine_name: str
+    public_name: str
+
+    def rewriter(self) -> StreamRewriter:
+        """What rewrites the answer's events."""
+        return StreamRewriter(model_field(self.engine_name), model_field(self.public_name), self.hide_usage)
+
+
+def model_field(name: str) -> bytes:
+    """`"model":"NAME"` as the engine's compact JSON has it. In a text inside JSON its quotes would be escaped: no
+    false match."""
+    return b'"model":' + json.dumps(name).encode()
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The request's JSON object; BadRequestError where it is none."""
+    try:
+        payload = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadRequestError(f"The body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(payload, dict):
+        raise BadRequestError("The body must be a JSON object", code="invalid_json")
+    return payload
+
+
+def model_of(payload: Mapping[str, Any]) -> str:
+    """The model that a request names; BadRequestError where it names none."""
+    model = payload.get("model")
+    if not isinstance(model, str) or not model:
+        raise BadRequestError("You must name a model: `GET /v1/models` lists what is served", param="model")
+    return model
+
+
+def outgoing(
+    path: str, payload: Mapping[str, Any], engine_name: str, public_name: str, behaviour: Behaviour
+) -> Outgoing:
+    """The request as the engine is to get it. Raises BadRequestError for what clients may not set."""
+    if payload.get("chat_template") is not None:
+        raise BadRequestError(
+            "A request cannot bring its own chat template on this server: push it with the adapter",
+            param="chat_template",
+        )
+    sent = dict(payload) | {"model": engine_name}
+    streams = payload.get("stream") is True
+    hide_usage = streams and path in (CHAT, COMPLETIONS) and not _asks_for_usage(payload)
+    if hide_usage:
+        sent["stream_options"] = _options(payload) | {"include_usage": True}
+    if path == RESPONSES and behaviour.chat_template is not None:
+        raise BadRequestError(
+            f"{public_name!r} has a chat template of its own, which /v1/responses cannot apply: "
+            "use /v1/chat/completions",
+            param="model",
+            code="chat_template_unsupported",
+        )
+    if path == CHAT and behaviour.chat_template is not None:
+        sent["chat_template"] = behaviour.chat_template
+    if path in (CHAT, COMPLETIONS) and behaviour.stop_token_ids and payload.get("stop_token_ids") is None:
+        sent["stop_token_ids"] = list(behaviour.stop_token_ids)
+    return Outgoing(json.dumps(sent).encode(), streams, hide_usage, engine_name, public_name)
+
+
+def _options(payload: Mapping[str, Any]) -> dict[str, Any]:
+    options = payload.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise BadRequestError("`stream_options` must be an object", param="stream_options")
+    return dict(options or {})
+
+
+def _asks_for_usage(payload: Mapping[str, Any]) -> bool:
+    options = _options(payload)
+    return options.get("include_usage") is True or options.get("continuous_usage_stats") is True
+
+
+def incoming(answer: bytes, out: Outgoing) -> tuple[bytes, Any]:
+    """A whole (not streamed) answer with the public name in it, and its usage object (None where it has none)."""
+    answer = answer.replace(model_field(out.engine_name), model_field(out.public_name))
+    start = answer.rfind(b'"usage":{')
+    if start < 0:
+        return answer, None
+    # The usage object stands near the end; reading just it spares parsing megabytes of embeddings.
+    try:
+        usage, _ = json.JSONDecoder().raw_decode(answer[start + len(b'"usage":') :].decode())
+    except ValueError:
+        return answer, None
+    return answer, usage
+
+
+def engine_error(answer: bytes, out: Outgoing) -> dict[str, Any]:
+    """The engine's error body as the client is to see it: OpenAI's shape, our names, `source: engine`."""
+    try:
+        data = json.loads(answer)
+    except ValueError:
+        data = {"message": answer.decode(errors="replace")[:2000]}
+    error = data.get("error", data) if isinstance(data, dict) else {"message": str(data)}
+    if not isinstance(error, dict):
+        error = {"message": str(error)}
+    message = str(error.get("message", error.get("detail", error))).replace(out.engine_name, out.public_name)
+    return {
+        "message": message,
+        "type": error.get("type", "engine_error"),
+        "param": error.get("param"),
+        "code": error.get("code"),
+        "source": "engine",
+    }

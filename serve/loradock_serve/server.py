@@ -1,0 +1,82 @@
+"""Run the gateway under uvicorn, in the foreground, until it is told to stop."""
+
+import asyncio
+import logging
+import os
+import socket
+
+import uvicorn
+import uvloop
+
+from loradock_serve.app import Gateway, build_gateway
+from loradock_serve.config import ServeConfig, read_admin_key
+from loradock_serve.errors import ServeConfigError
+
+log = logging.getLogger("loradock.gateway")
+
+SHUTDOWN_GRACE_S = 10
+BACKLOG = 2048
+
+
+def run(config: ServeConfig) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ServeConfigError where it cannot begin."""
+    # The lines of a server are read by people and by log collectors: one each, on stderr, with a time.
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    admin_key = read_admin_key(config, os.environ)
+    listener = _listen(config)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(config, admin_key, listener))
+
+
+async def _serve(config: ServeConfig, admin_key: str | None, listener: socket.socket) -> None:
+    gateway = build_gateway(config, admin_key)
+    _announce(gateway, config, listener, admin_key)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            gateway.app,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            http="httptools",
+            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+            server_header=False,
+        )
+    )
+    await server.serve(sockets=[listener])
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """The listening socket, bound before anything heavy starts, so that a taken port is told at once."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ServeConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+            "choose another `--port`, or 0 for a free one"
+        ) from error
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _announce(gateway: Gateway, config: ServeConfig, listener: socket.socket, admin_key: str | None) -> None:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    log.info(
+        "listening on http://%s:%d (%s)", shown, port, "with an admin key" if admin_key else "this machine only, no key"
+    )
+    log.info("base %s from %s; data in %s", " or ".join(gateway.catalog.base_names), config.base, config.data_dir)
+    if gateway.lora is not None:
+        lora = gateway.lora
+        log.info(
+            "%d adapter slots of rank %d (%.1f MiB each), %d adapters in host memory",
+            lora.max_loras,
+            lora.max_lora_rank,
+            lora.slot_bytes / 1024**2,
+            lora.max_cpu_loras,
+        )
+    if config.engine.url is None:
+        log.info("the engine starts; its log is %s", config.data_dir / "logs" / "engine-base.log")

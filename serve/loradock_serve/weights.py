@@ -1,0 +1,79 @@
+"""Where engines read weights from: the store's own directories, or a merge of base and adapter made once.
+
+An adapter that cannot be hot-swapped (DoRA, `modules_to_save`, `bias`, over-rank) becomes full weights by PEFT's own
+merge, in a subprocess (`merge.py`) that takes torch's memory with it when it ends. Knows nothing of engines.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+from loradock_adapters.registry import Version
+from loradock_adapters.store import LocalStore
+from loradock_serve.errors import EngineStartError
+
+log = logging.getLogger("loradock.weights")
+
+MERGE_LOG_TAIL_BYTES = 2000
+
+
+class StoredWeights:
+    """The `Weights` of a fleet, from a local store."""
+
+    def __init__(self, store: LocalStore, base: str, merged_root: Path) -> None:
+        self._store = store
+        self._base = base
+        self._root = merged_root
+        self._merges: dict[str, asyncio.Task[Path]] = {}
+
+    def adapter_dir(self, version: Version) -> Path:
+        """The adapter's directory in the store."""
+        return self._store.version_dir(version.digest)
+
+    async def full_weights_dir(self, version: Version) -> Path:
+        """The store's directory of a full model; for an adapter the merge, made now if need be (EngineStartError)."""
+        if version.kind == "full":
+            return self._store.version_dir(version.digest)
+        target = self._root / version.digest.removeprefix("sha256:")
+        if target.is_dir():  # only ever renamed into place whole
+            return target
+        task = self._merges.get(version.digest)
+        if task is None:
+            task = asyncio.create_task(self._merge(version, target))
+            self._merges[version.digest] = task
+            task.add_done_callback(lambda _task: self._merges.pop(version.digest, None))
+        return await asyncio.shield(task)
+
+    async def _merge(self, version: Version, target: Path) -> Path:
+        self._root.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        adapter = self._store.version_dir(version.digest)
+        log.info("merging %s into the base, for an engine of its own", version.name)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "loradock_serve.merge",
+            self._base,
+            str(adapter),
+            str(partial),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            output, _ = await process.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+        if process.returncode != 0:
+            tail = output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace")
+            raise EngineStartError(f"{version.name!r} cannot be merged into the base:\n{tail}")
+        partial.replace(target)
+        return target
+
+    def discard(self, digest: str) -> None:
+        """Delete a merge that nothing serves any more."""
+        shutil.rmtree(self._root / digest.removeprefix("sha256:"), ignore_errors=True)

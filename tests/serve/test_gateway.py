@@ -1,0 +1,49 @@
+"""The gateway as a client sees it, over real HTTP, with a fake engine process behind it."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from loradock_testing.checkpoints import write_adapter, write_full_model
+from loradock_testing.gateway import Served, serving
+
+
+@pytest.fixture
+async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
+    async with serving(tmp_path, monkeypatch) as running:
+        yield running
+
+
+async def test_base_answers_under_its_own_name_and_base(served: Served) -> None:
+    assert await served.text("tiny-base", "one two") == "base:one base:two"
+    answer = (await served.complete("base", "one")).json()
+    assert answer["model"] == "base"
+
+
+async def test_adapter_pushed_while_running_answers_under_its_name(served: Served, tmp_path: Path) -> None:
+    await served.until_ready()
+    pushed = await served.push(write_adapter(tmp_path / "a"), "first")
+    assert pushed.status_code == 201
+    body = pushed.json()
+    assert (body["version"], body["placement"], body["state"]) == (1, "shared", "ready")
+    answer = (await served.complete("first", "hello")).json()
+    assert answer["model"] == "first"
+    assert answer["choices"][0]["text"] == f"{body['digest']}:hello"
+
+
+async def test_stream_passes_events_and_hides_usage_that_was_not_asked_for(served: Served, tmp_path: Path) -> None:
+    answer = await served.complete("base", "a b", stream=True)
+    events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+    assert events[-1] == "[DONE]"
+    chunks = [json.loads(event) for event in events[:-1]]
+    assert [chunk["choices"][0]["text"] for chunk in chunks] == ["base:a ", "base:b "]
+    asked = await served.complete("base", "a b", stream=True, stream_options={"include_usage": True})
+    assert '"usage":{"prompt_tokens":2' in asked.text
+
+
+async def test_full_model_gets_an_engine_of_its_own(served: Served, tmp_path: Path) -> None:
+    pushed = (await served.push(write_full_model(tmp_path / "full"), "whole")).json()
+    assert pushed.get("placement") == "dedicated", pushed
+    assert await served.text("whole", "x") == f"{pushed['digest']}:x"
