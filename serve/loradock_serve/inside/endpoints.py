@@ -1,0 +1,179 @@
+"""Our private routes on the engine's Unix socket (entry point group `vllm.endpoint_plugins`).
+
+    GET  /loradock/status              what the engine is, which LoRA wrapper its workers use, what lies in the slots
+    POST /loradock/adapters/load       {"name", "path"}: from now on the OpenAI routes serve `"model": name`
+    POST /loradock/adapters/unload     {"name"}: forget the name, and free the weights
+
+vLLM's own `/v1/load_lora_adapter` answers a refused adapter with 500 and accepts Hub ids, which it then downloads
+inside the engine loop; its unload route keeps the weights. These routes know nothing of versions, tenants or who is
+still using an adapter: whoever unloads makes sure that nobody is (vLLM would read it from disk again).
+Private touches: `OpenAIServingModels` (`load_lora_adapter`, `unload_lora_adapter`, `lora_requests`,
+`is_base_model`) and `AsyncLLM` (`remove_lora`, `collective_rpc`, `vllm_config`, `errored`).
+"""
+
+import asyncio
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from loradock_serve.inside.worker import is_corrected
+
+
+class LoadRequest(BaseModel):
+    """An adapter in PEFT layout in a local directory."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=256)
+    path: str = Field(min_length=1)
+
+
+class UnloadRequest(BaseModel):
+    """An adapter loaded before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=256)
+
+
+class DeskError(Exception):
+    """A request that cannot be granted; `status` is the HTTP status, `kind` the error's type."""
+
+    def __init__(self, status: int, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status, self.kind = status, kind
+
+
+class AdapterDesk:
+    """Loads and unloads adapters of one engine, one at a time: the engine loop would serialise them anyway."""
+
+    def __init__(self, engine: Any, models: Any) -> None:
+        self._engine = engine
+        self._models = models
+        self._turn = asyncio.Lock()
+
+    async def load(self, name: str, path: str) -> bool:
+        """Serve the adapter under the name; False if it was served already.
+
+        Raises:
+            DeskError: The path is no adapter, the name is taken, or the engine refused it.
+        """
+        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+        directory = Path(path)
+        async with self._turn:
+            self._require_lora()
+            known = self._models.lora_requests.get(name)
+            if known is not None:
+                if known.lora_path == path:
+                    return False
+                raise DeskError(409, "name_taken", f"adapter {name!r} is loaded from {known.lora_path!r}, not {path!r}")
+            if self._models.is_base_model(name):
+                raise DeskError(409, "name_taken", f"{name!r} is the name of the base model")
+            if not directory.is_absolute() or not await asyncio.to_thread((directory / "adapter_config.json").is_file):
+                raise DeskError(400, "no_adapter", f"{path!r} is no absolute directory with an adapter_config.json")
+            answer = await self._models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=path))
+            self._require_alive()
+            if not isinstance(answer, str):
+                raise DeskError(422, "adapter_refused", f"the engine refused adapter {name!r}: {answer.error.message}")
+            return True
+
+    async def unload(self, name: str) -> bool:
+        """Forget the name and free the weights; whether the engine still had the weights.
+
+        Raises:
+            DeskError: No adapter has this name.
+        """
+        from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
+
+        async with self._turn:
+            self._require_lora()
+            known = self._models.lora_requests.get(name)
+            if known is None:
+                raise DeskError(404, "unknown_adapter", f"no adapter {name!r} is loaded")
+            await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
+            return bool(await self._engine.remove_lora(known.lora_int_id))
+
+    async def status(self) -> dict[str, Any]:
+        """The document of `GET /loradock/status`."""
+        import vllm
+
+        self._require_alive()
+        workers = await self._engine.collective_rpc("loradock_status")
+        config = self._engine.vllm_config
+        lora = config.lora_config
+        names = {request.lora_int_id: name for name, request in self._models.lora_requests.items()}
+        wrappers = sorted({wrapper for worker in workers for wrapper in worker["wrappers"]})
+        return {
+            "vllm_version": vllm.__version__,
+            "device": workers[0]["device"],
+            "lora_wrapper": ", ".join(wrappers) or None,
+            "corrected": all(is_corrected(worker) for worker in workers),
+            "max_loras": lora.max_loras if lora else 0,
+            "max_cpu_loras": lora.max_cpu_loras if lora else 0,
+            "max_lora_rank": lora.max_lora_rank if lora else 0,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "max_model_len": config.model_config.max_model_len,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "registered": sorted(self._models.lora_requests),
+            "active": [_name(names, adapter_id) for adapter_id in workers[0]["active"]],
+            "loaded": [_name(names, adapter_id) for adapter_id in workers[0]["loaded"]],
+        }
+
+    def _require_lora(self) -> None:
+        self._require_alive()
+        if self._engine.vllm_config.lora_config is None:
+            raise DeskError(409, "lora_disabled", "this engine runs without --enable-lora")
+
+    def _require_alive(self) -> None:
+        if self._engine.errored:
+            raise DeskError(503, "engine_dead", "the engine core has died")
+
+
+def _name(names: dict[int, str], adapter_id: int | None) -> str | None:
+    """An adapter without a name was unloaded while requests still ran on it, and was read again for them."""
+    return None if adapter_id is None else names.get(adapter_id, f"unnamed:{adapter_id}")
+
+
+class LoradockEndpoints:
+    """The plug-in as vLLM sees it."""
+
+    name = "loradock_endpoints"
+    required_tasks = ("generate", "embed", "classify", "token_embed", "token_classify")
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes."""
+
+        async def status(request: Request) -> JSONResponse:
+            return JSONResponse(await _desk(request).status())
+
+        async def load(body: LoadRequest, request: Request) -> JSONResponse:
+            created = await _desk(request).load(body.name, body.path)
+            return JSONResponse({"name": body.name, "path": body.path, "created": created})
+
+        async def unload(body: UnloadRequest, request: Request) -> JSONResponse:
+            freed = await _desk(request).unload(body.name)
+            return JSONResponse({"name": body.name, "freed": freed})
+
+        async def refuse(request: Request, error: Exception) -> JSONResponse:
+            assert isinstance(error, DeskError)
+            body = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
+            return JSONResponse({"error": body}, status_code=error.status)
+
+        app.add_exception_handler(DeskError, refuse)
+        app.add_api_route("/loradock/status", status, methods=["GET"])
+        app.add_api_route("/loradock/adapters/load", load, methods=["POST"])
+        app.add_api_route("/loradock/adapters/unload", unload, methods=["POST"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Keep the engine and its registry of models; called once the OpenAI server stands."""
+        state.loradock_desk = AdapterDesk(engine_client, state.openai_serving_models)
+
+
+def _desk(request: Request) -> AdapterDesk:
+    desk: AdapterDesk = request.app.state.loradock_desk
+    return desk
