@@ -5,7 +5,8 @@
     run = train("lora.yaml")              # or a TrainConfig, or a dict with the YAML's keys
     print(run.checkpoint, run.final_eval_loss)
 
-Importing this package is cheap: torch and transformers are imported when training starts, so that `loradock --help` is quick.
+Importing this package is cheap: torch and transformers are imported when training starts, so that `loradock --help`
+is quick.
 """
 
 from typing import TYPE_CHECKING, Any

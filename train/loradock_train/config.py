@@ -1,8 +1,8 @@
 """The configuration of a training run: one frozen, typed object.
 
-Knows every key, its unit, default and bounds. Does not read files (config_file.py does), and does not look at data or models.
-The keys are those of the LoRA-vs-full template this project grew from; ours stand beside them. Presence of `lora_config`
-alone decides between LoRA and full-parameter training.
+Knows every key, its unit, default and bounds. Does not read files (config_file.py does), and does not look at data
+or models. The keys are those of the LoRA-vs-full template this project grew from; ours stand beside them. Presence
+of `lora_config` alone decides between LoRA and full-parameter training.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -54,19 +54,22 @@ class LoraOptions(Section):
     """Share of the adapter's inputs dropped during training, 0 up to 1. Default 0."""
 
     target_modules: Names | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter, or `all-linear`: every linear layer but the head. `embed_tokens` and `lm_head` may be named."""
+    """Names of the modules that get an adapter, or `all-linear`: every linear layer but the head. `embed_tokens` and
+    `lm_head` may be named."""
 
     exclude_modules: Names = ()
     """Names that are left out although `target_modules` matches them. Default none."""
 
     modules_to_save: Names = ()
-    """Modules trained in full and saved whole beside the adapter. Default none. Such a checkpoint needs a dedicated engine."""
+    """Modules trained in full and saved whole beside the adapter. Default none. Such a checkpoint needs a dedicated
+    engine."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained. Default none; anything else needs a dedicated engine."""
 
     fan_in_fan_out: bool = False
-    """True where weights are stored as (in, out), as GPT-2's Conv1D does. PEFT sets it itself for such layers. Default false."""
+    """True where weights are stored as (in, out), as GPT-2's Conv1D does. PEFT sets it itself for such layers.
+    Default false."""
 
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
     """How A and B start. True: A uniform, B zero (the adapter starts as nothing). Default true."""
@@ -111,7 +114,8 @@ class TrainConfig(Section):
     """Hub id, or path of a model directory (the `checkpoint` of another run, too). Or give `model` instead."""
 
     model: dict[str, Any] | None = None
-    """Architecture to train from scratch: `model_type` (llama, qwen3, gpt2, …) and any field of that transformers config."""
+    """Architecture to train from scratch: `model_type` (llama, qwen3, gpt2, …) and any field of that transformers
+    config."""
 
     tokenizer: TokenizerOptions | None = None
     """The tokenizer of a from-scratch model. With `model_id` the model's own is used."""
@@ -142,20 +146,23 @@ class TrainConfig(Section):
     """Longest row, in tokens. Default 512, minimum 8."""
 
     on_long_rows: Literal["error", "truncate", "drop"] = "error"
-    """What to do with rows over context_length: stop and name them, cut their end, or leave them out (both counted). Default error."""
+    """What to do with rows over context_length: stop and name them, cut their end, or leave them out (both counted).
+    Default error."""
 
     packing: bool | None = None
     """Raw text only: join documents and cut them into rows of context_length tokens. Default: on for raw text."""
 
     # ---- how long -------------------------------------------------------------------------------------------------
     num_epochs: float | None = Field(None, gt=0)
-    """Passes over the training data. Default 3, or no limit when max_steps or max_time_s is given. The first limit reached ends the run."""
+    """Passes over the training data. Default 3, or no limit when max_steps or max_time_s is given. The first limit
+    reached ends the run."""
 
     max_steps: int | None = Field(None, ge=1)
     """Most optimiser steps. Default no limit."""
 
     max_time_s: float | None = Field(None, gt=0)
-    """Seconds of training, without loading and export; the learning-rate schedule follows the clock. Default no limit."""
+    """Seconds of training, without loading and export; the learning-rate schedule follows the clock. Default no
+    limit."""
 
     # ---- batches --------------------------------------------------------------------------------------------------
     train_batch_size_per_device: int = Field(16, ge=1)
@@ -200,13 +207,16 @@ class TrainConfig(Section):
 
     # ---- precision --------------------------------------------------------------------------------------------------
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory. Default auto: float32 where they are trained, the base's own where they are frozen."""
+    """Type of the weights in memory. Default auto: float32 where they are trained, the base's own where they are
+    frozen."""
 
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Type of the arithmetic. Default auto: bf16 where the device is quick at it (GPU, or a CPU with AMX or AVX512-BF16), else no."""
+    """Type of the arithmetic. Default auto: bf16 where the device is quick at it (GPU, or a CPU with AMX or
+    AVX512-BF16), else no."""
 
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the exported weights. Default auto: the base's; from scratch bfloat16 with mixed precision, else float32."""
+    """Type of the exported weights. Default auto: the base's; from scratch bfloat16 with mixed precision, else
+    float32."""
 
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel. Default auto: what transformers picks."""

@@ -1,7 +1,8 @@
 """From a YAML file and `--set key=value` to a TrainConfig, or to all that is wrong with it.
 
-Every problem names its key, the line of the YAML it stands on, and for an unknown key the nearest known one. Relative paths
-are resolved against the YAML's folder. Old names are translated with a notice, never silently. Knows nothing of training.
+Every problem names its key, the line of the YAML it stands on, and for an unknown key the nearest known one.
+Relative paths are resolved against the YAML's folder. Old names are translated with a notice, never silently. Knows
+nothing of training.
 """
 
 import difflib
@@ -18,6 +19,7 @@ from loradock_train.config import LoraOptions, TokenizerOptions, TrainConfig
 from loradock_train.errors import ConfigError, Problem
 
 Keys = tuple[str, ...]
+SECTIONS: dict[str, type[BaseModel]] = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}
 
 
 class _Loader(yaml.SafeLoader):
@@ -148,12 +150,10 @@ def _problems(error: ValidationError, lines: Mapping[Keys, int]) -> Iterator[Pro
 def _key_path(location: Sequence[str | int]) -> Keys:
     """Pydantic's location without the names of union members and positions in lists."""
     keys: list[str] = []
-    section: type[BaseModel] | None = TrainConfig
     for part in location:
-        if section is None or not isinstance(part, str):
+        if not isinstance(part, str) or (keys and keys[0] not in SECTIONS) or len(keys) == 2:
             break
         keys.append(part)
-        section = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}.get(part) if len(keys) == 1 else None
     return tuple(keys)
 
 
@@ -172,9 +172,7 @@ def _message(detail: Any, keys: Keys) -> str:
 
 
 def _nearest(keys: Keys) -> str:
-    section: type[BaseModel] = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}.get(keys[0], TrainConfig)
-    if len(keys) == 1:
-        section = TrainConfig
+    section = TrainConfig if len(keys) == 1 else SECTIONS[keys[0]]
     names = list(section.model_fields)
     near = difflib.get_close_matches(keys[-1], names, n=1, cutoff=0.6)
     if near:
@@ -184,11 +182,12 @@ def _nearest(keys: Keys) -> str:
     return f"; known here: {', '.join(names)}" if len(names) <= 16 else ""
 
 
-# ---- paths ------------------------------------------------------------------------------------------------------------
+# ---- paths ---------------------------------------------------------------------------------------------------------
 
 
 def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
-    """Relative data paths belong to the YAML's folder. A model_id is a path when such a directory is there, else a hub id."""
+    """Relative data paths belong to the YAML's folder. A model_id is a path when such a directory is there, else a
+    hub id."""
     update: dict[str, Any] = {"train_path": tuple(str(folder / path) for path in config.train_path)}
     if config.valid_path is not None:
         update["valid_path"] = tuple(str(folder / path) for path in config.valid_path)

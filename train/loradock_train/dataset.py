@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import numpy as np
 import torch
 
@@ -57,7 +57,8 @@ def build_dataset(
     packing: bool,
     key: str,
 ) -> tuple[datasets.Dataset, DataReport]:
-    """Encode every row. Raises DataError for rows over context_length (unless told otherwise) or without a learnt token."""
+    """Encode every row. Raises DataError for rows over context_length (unless told otherwise) or without a learnt
+    token."""
     examples = [encoder.encode(row, rows.format) for row in rows.rows]
     longest = max(len(example.input_ids) for example in examples)
     if packing:

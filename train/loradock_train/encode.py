@@ -1,8 +1,9 @@
 """From a row to token ids and labels. The labels decide what is learnt, so nothing here guesses.
 
-What the server will tokenise is what is trained: a completion's prompt is tokenised alone, special tokens as the tokenizer
-adds them, exactly as `/v1/completions` does; a chat goes through the chat template, with the generation prompt, exactly as
-`/v1/chat/completions` does. Answers are appended as ids of their own: no offsets, no decoding, no search for markers.
+What the server will tokenise is what is trained: a completion's prompt is tokenised alone, special tokens as the
+tokenizer adds them, exactly as `/v1/completions` does; a chat goes through the chat template, with the generation
+prompt, exactly as `/v1/chat/completions` does. Answers are appended as ids of their own: no offsets, no decoding, no
+search for markers.
 
 Labels are those of transformers: one per token, -100 where nothing is learnt; models shift by one themselves.
 """
@@ -86,8 +87,9 @@ class Encoder:
     def _completion(self, prompt: str, answer: str) -> Example:
         """The prompt as the server tokenises it, alone; then the answer.
 
-        Where the ids of the whole text begin with the prompt's, the answer's are the rest (SentencePiece tokenizers would put
-        a space before an answer tokenised alone). Where a merge crosses the border, the answer is tokenised alone.
+        Where the ids of the whole text begin with the prompt's, the answer's are the rest (SentencePiece tokenizers
+        would put a space before an answer tokenised alone). Where a merge crosses the border, the answer is
+        tokenised alone.
         """
         eos = self.tokenizer.eos_token_id
         prompt_ids = without_trailing_eos(self._ids(prompt), eos)
@@ -100,8 +102,8 @@ class Encoder:
     def _chat(self, row: Row) -> Example:
         """Render message by message: what an assistant turn adds to its generation prompt is what is learnt.
 
-        The template must be prefix-stable: rendering more messages may only append. Templates that rewrite earlier turns
-        (some drop earlier reasoning) would train on text that the server never shows the model.
+        The template must be prefix-stable: rendering more messages may only append. Templates that rewrite earlier
+        turns (some drop earlier reasoning) would train on text that the server never shows the model.
         """
         messages = [{k: v for k, v in message.items() if k != "weight"} for message in row.values["messages"]]
         tools = row.values.get("tools")
@@ -144,7 +146,8 @@ class Encoder:
 
 
 def _through_stop(ids: Sequence[int], start: int, stops: frozenset[int]) -> int:
-    """End of the learnt span: just after the turn's stop token. What templates add behind it (a newline) is never generated."""
+    """End of the learnt span: just after the turn's stop token. What templates add behind it (a newline) is never
+    generated."""
     for index in range(len(ids) - 1, start - 1, -1):
         if ids[index] in stops:
             return index + 1
@@ -152,7 +155,8 @@ def _through_stop(ids: Sequence[int], start: int, stops: frozenset[int]) -> int:
 
 
 def without_trailing_eos(ids: list[int], eos_token_id: int | None) -> list[int]:
-    """Some tokenizers (T5's kind) end every text with EOS; a prompt must not end so, and documents get theirs from us."""
+    """Some tokenizers (T5's kind) end every text with EOS; a prompt must not end so, and documents get theirs from
+    us."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == eos_token_id else ids
 
 
@@ -175,7 +179,8 @@ def instruction_prompt(instruction: str, extra_input: str, template: str | None)
 
 
 def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
-    """End of text, and the end-of-turn tokens that chat templates of the known families use, where the vocabulary has them."""
+    """End of text, and the end-of-turn tokens that chat templates of the known families use, where the vocabulary
+    has them."""
     vocabulary = tokenizer.get_added_vocab()
     ids = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""

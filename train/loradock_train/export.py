@@ -1,4 +1,5 @@
-"""Writing the checkpoint: complete or absent. Everything goes to a temporary folder, is synced, and is renamed into place.
+"""Writing the checkpoint: complete or absent. Everything goes to a temporary folder, is synced, and is renamed into
+place.
 
 An adapter is PEFT's layout without base matrices; a full model is what transformers and vLLM load as it is.
 """
@@ -51,9 +52,9 @@ def _sync(path: Path) -> None:
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype) -> None:
     """adapter_config.json, adapter_model.safetensors and the chat template.
 
-    PEFT keeps A and B in float32 over a bf16 base, and adds whole base matrices when the embedding or the head is a target:
-    tensors are cast here, and base matrices are left out (and looked for: one of them would make 46 MB of an 8B's adapter 2.2 GB).
-    The tokenizer stays with the base; the passport names it by its hash.
+    PEFT keeps A and B in float32 over a bf16 base, and adds whole base matrices when the embedding or the head is a
+    target: tensors are cast here, and base matrices are left out (and looked for: one of them would make 46 MB of an
+    8B's adapter 2.2 GB). The tokenizer stays with the base; the passport names it by its hash.
     """
     state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
     strays = [name for name in state if ".base_layer." in name]
@@ -72,7 +73,8 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory
 
 
 def save_full(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype) -> None:
-    """Weights in `dtype`, a config.json that says so, the tokenizer, and a generation config that knows where to stop."""
+    """Weights in `dtype`, a config.json that says so, the tokenizer, and a generation config that knows where to
+    stop."""
     state = {name: _cast(tensor, dtype) for name, tensor in model.state_dict().items()}
     model.generation_config = _generation_config(model, tokenizer)
     model.save_pretrained(str(directory), state_dict=state)
@@ -95,7 +97,7 @@ def _generation_config(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     values.update(eos_token_id=stops if len(stops) != 1 else stops[0], pad_token_id=padding_id(tokenizer))
     if tokenizer.bos_token_id is not None:
         values["bos_token_id"] = tokenizer.bos_token_id
-    return GenerationConfig(**values)
+    return GenerationConfig(**values)  # type: ignore[no-untyped-call]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

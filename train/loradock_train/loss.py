@@ -1,12 +1,14 @@
-"""Cross-entropy over the vocabulary without ever holding all logits: for the rows that are learnt only, a chunk at a time.
+"""Cross-entropy over the vocabulary without ever holding all logits: for the rows that are learnt only, a chunk at a
+time.
 
-Half of a small model's step is the head: logits of every token in float32, twice. Here the head runs on tokens that have a
-label (of a completion row: the answer alone), in chunks that stay in the cache, and the gradient is taken in the same pass.
-Heads with an adapter work too, since the head is called as a module (TRL's fused loss reads its weight, and must refuse them).
+Half of a small model's step is the head: logits of every token in float32, twice. Here the head runs on tokens that
+have a label (of a completion row: the answer alone), in chunks that stay in the cache, and the gradient is taken in
+the same pass. Heads with an adapter work too, since the head is called as a module (TRL's fused loss reads its
+weight, and must refuse them).
 
-`own_loss` swaps the forward of a causal LM for the time of the training. Models whose logits are more than `head(hidden)`
-(soft-capped, scaled) are found by comparing the two losses on a batch, not by a list of names: they keep their own forward.
-Legend: N tokens with a label, D hidden size, V vocabulary.
+`own_loss` swaps the forward of a causal LM for the time of the training. Models whose logits are more than
+`head(hidden)` (soft-capped, scaled) are found by comparing the two losses on a batch, not by a list of names: they
+keep their own forward. Legend: N tokens with a label, D hidden size, V vocabulary.
 """
 
 import inspect
@@ -97,7 +99,8 @@ class _PlainCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_sum(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """Sum over N tokens of -log p(target). hidden: N, D; targets: N. Differentiable in hidden and in the head's weights."""
+    """Sum over N tokens of -log p(target). hidden: N, D; targets: N. Differentiable in hidden and in the head's
+    weights."""
     vocabulary = int(cast(Any, head).weight.shape[0])
     chunk = max(64, CHUNK_LOGITS // vocabulary)
     if not torch.is_grad_enabled():
@@ -107,9 +110,9 @@ def cross_entropy_sum(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tenso
         )
         return sum(pieces, torch.zeros((), device=hidden.device))
     if type(head) is nn.Linear and head.bias is None:
-        return cast(Tensor, _PlainCrossEntropy.apply(hidden, targets, head.weight, chunk))  # type: ignore[no-untyped-call]
+        return cast(Tensor, cast(Any, _PlainCrossEntropy).apply(hidden, targets, head.weight, chunk))
     weights = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden, targets, head, chunk, *weights))  # type: ignore[no-untyped-call]
+    return cast(Tensor, cast(Any, _ChunkedCrossEntropy).apply(hidden, targets, head, chunk, *weights))
 
 
 def _forward(model: nn.Module) -> Callable[..., CausalLMOutputWithPast]:
@@ -156,7 +159,7 @@ def can_own_loss(model: nn.Module, batch: dict[str, Tensor]) -> bool:
 @contextmanager
 def own_loss(model: nn.Module) -> Iterator[None]:
     """Swap the forward of this causal LM (the inner one, below PEFT) while the block runs."""
-    model.forward = _forward(model)  # type: ignore[method-assign]
+    model.forward = _forward(model)
     try:
         yield
     finally:

@@ -52,7 +52,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def has_fast_bf16() -> bool:
     """Whether this machine is quicker in bf16 than in float32: a GPU that has it, or a CPU with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
@@ -91,7 +91,7 @@ def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
         {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model_id, dtype=precision.weights, **options)
+        model = AutoModelForCausalLM.from_pretrained(str(config.model_id), dtype=precision.weights, **options)
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error
@@ -104,7 +104,7 @@ def make_model(config: TrainConfig, tokenizer: Any, precision: Precision) -> Pre
     options: dict[str, Any] = (
         {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     )
-    model = AutoModelForCausalLM.from_config(architecture, dtype=precision.weights, **options)
+    model = cast(Any, AutoModelForCausalLM).from_config(architecture, dtype=precision.weights, **options)
     return cast(PreTrainedModel, model)
 
 
@@ -166,8 +166,9 @@ def _check_targets(model: PreTrainedModel, options: LoraOptions) -> None:
     both = EMBEDDING_NAMES.intersection(options.target_modules)
     if both and model.config.tie_word_embeddings:
         raise ModelError(
-            f"lora_config.target_modules: {', '.join(sorted(both))} cannot be adapted in this model: its embedding and head are "
-            "one tied matrix (tie_word_embeddings), an adapter on one would silently leave the other; remove them from target_modules"
+            f"lora_config.target_modules: {', '.join(sorted(both))} cannot be adapted here: the embedding and head "
+            "of this model are one tied matrix (tie_word_embeddings), an adapter on one would leave the other as is; "
+            "remove them from target_modules"
         )
 
 

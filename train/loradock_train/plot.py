@@ -1,4 +1,5 @@
-"""loss.png: training and validation loss over steps. matplotlib is imported when it is drawn, and never opens a window."""
+"""loss.png: training and validation loss over steps. matplotlib is imported when it is drawn, and never opens a
+window."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -107,7 +107,7 @@ class Reporter(TrainerCallback):
             self._loss = logs["loss"]
             if not math.isfinite(self._loss):
                 raise LossError(
-                    f"the loss is {self._loss} at step {state.global_step}; the usual cause is too high a learning rate "
+                    f"the loss is {self._loss} at step {state.global_step}; usually the learning rate is too high "
                     f"(it is {logs.get('learning_rate', 0):g} here): lower it, or give it warmup_steps"
                 )
             self._draw(state.global_step)

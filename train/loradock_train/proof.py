@@ -1,7 +1,7 @@
 """Proof that the checkpoint on disk is the model that was trained, and that training changed something.
 
-The next-token logits of a few prompts, four times: base, trained model, checkpoint reloaded from its files. An adapter that
-does nothing is the most common complaint about LoRA serving, and it is found here in seconds.
+The next-token logits of a few prompts, four times: base, trained model, checkpoint reloaded from its files. An
+adapter that does nothing is the most common complaint about LoRA serving, and it is found here in seconds.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,8 @@ def reload_logits(model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence
             model.set_adapter("default")
             model.delete_adapter(PROOF_ADAPTER)
     parameter = next(model.parameters())
-    loaded = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=parameter.dtype).to(parameter.device)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=parameter.dtype)
+    loaded.to(parameter.device)
     return probe_logits(loaded, prompts)
 
 

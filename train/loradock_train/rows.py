@@ -1,7 +1,8 @@
 """Reading data files into rows, and saying exactly which line is wrong.
 
 Four formats: chat ({"messages": […]}, the OpenAI shape), instruction ({"instruction", "input", "output"}), completion
-({"prompt", "completion"}) and raw text ({"text"}, or .txt files, one document each). The format is decided by the keys of
+({"prompt", "completion"}) and raw text ({"text"}, or .txt files, one document each). The format is decided by the
+keys of
 *every* row, never by the first alone. Knows nothing of tokens.
 """
 
@@ -139,7 +140,7 @@ def _decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: s
     return next(iter(first))
 
 
-# ---- rows -------------------------------------------------------------------------------------------------------------
+# ---- rows ----------------------------------------------------------------------------------------------------------
 
 
 def _check(values: dict[str, Any], row_format: Format) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
     run = train("lora.yaml", output="runs/lora")
 
-The run directory holds config.yaml (resolved), metrics.jsonl, loss.png, run.json (written last: its presence says the run is
-complete) and checkpoint/ (what `loradock push` publishes).
+The run directory holds config.yaml (resolved), metrics.jsonl, loss.png, run.json (written last: its presence says
+the run is complete) and checkpoint/ (what `loradock push` publishes).
 """
 
 import json
@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import datasets
+import datasets  # type: ignore[import-untyped]
 import torch
 import yaml
 from peft import PeftModel
@@ -155,7 +155,7 @@ def train(
     return Run(directory, config.kind, summary)
 
 
-# ---- before -----------------------------------------------------------------------------------------------------------
+# ---- before --------------------------------------------------------------------------------------------------------
 
 
 def _resolve(
@@ -182,7 +182,8 @@ def _check_output(directory: Path, overwrite: bool) -> None:
 
 
 def _prepare_output(directory: Path, overwrite: bool) -> None:
-    """Called when everything was checked. Removes only what a run writes: an earlier run, or the rest of a broken one."""
+    """Called when everything was checked. Removes only what a run writes: an earlier run, or the rest of a broken
+    one."""
     _check_output(directory, overwrite)
     directory.mkdir(parents=True, exist_ok=True)
     for name in OUR_FILES:
@@ -242,7 +243,7 @@ def _announce(console: Console, config: TrainConfig, model: nn.Module, data: _Da
     )
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -314,7 +315,7 @@ def _trainer(
     )
 
 
-# ---- after --------------------------------------------------------------------------------------------------------------
+# ---- after ---------------------------------------------------------------------------------------------------------
 
 
 def _export(

@@ -42,7 +42,8 @@ def length_of(config: TrainConfig, num_examples: int, num_devices: int) -> Lengt
 
 
 def warmup_factor(step: int, progress: float, warmup_steps: float) -> float:
-    """0 to 1 over the warm-up. Never 0: a run of one step must learn something. warmup_steps below 1: a share of the run."""
+    """0 to 1 over the warm-up. Never 0: a run of one step must learn something. warmup_steps below 1: a share of the
+    run."""
     if warmup_steps >= 1:
         return min(1.0, (step + 1) / warmup_steps)
     if warmup_steps > 0 and progress < warmup_steps:

@@ -1,4 +1,5 @@
-"""The tokenizer of a run: the model's own, another's, or a byte-level BPE trained on the run's data; and its chat template."""
+"""The tokenizer of a run: the model's own, another's, or a byte-level BPE trained on the run's data; and its chat
+template."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ CHATML = (
 
 
 def make_tokenizer(config: TrainConfig, rows: Rows) -> PreTrainedTokenizerBase:
-    """The run's tokenizer, its chat template set. Raises ModelError when it cannot be loaded or has no template for chat rows."""
+    """The run's tokenizer, its chat template set. Raises ModelError when it cannot be loaded or has no template for
+    chat rows."""
     options = config.tokenizer
     if options is not None and options.train_vocab_size is not None:
         tokenizer: PreTrainedTokenizerBase = train_tokenizer(

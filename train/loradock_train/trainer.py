@@ -7,10 +7,10 @@ import contextlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
@@ -26,8 +26,9 @@ from loradock_train.schedule import Length
 class LoradockTrainer(Trainer):
     """Trains; `meter` counts time and tokens.
 
-    Gradient accumulation is right by construction: the loss of every micro-batch is divided by the learnt tokens of the whole
-    step (`num_items_in_batch`), not by its own (transformers issues 34191 and 35203 tell what happens otherwise).
+    Gradient accumulation is right by construction: the loss of every micro-batch is divided by the learnt tokens of
+    the whole step (`num_items_in_batch`), not by its own (transformers issues 34191 and 35203 tell what happens
+    otherwise).
     """
 
     def __init__(self, *, rate: Callable[[int], float], meter: Meter, reporter: Reporter, **options: Any) -> None:
@@ -35,12 +36,11 @@ class LoradockTrainer(Trainer):
         self._rate = rate
         super().__init__(**options, callbacks=[reporter])
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = True  # our forward takes num_items_in_batch, and so do the models' own
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Ours: it follows the clock where the run has a time limit."""
         if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer if optimizer is not None else self.optimizer, self._rate)
+            self.lr_scheduler = LambdaLR(cast(Optimizer, optimizer or self.optimizer), self._rate)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -53,10 +53,12 @@ class LoradockTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over all learnt tokens of the validation rows. (transformers averages batch means: rows of few tokens weigh more.)"""
+        """Mean loss over all learnt tokens of the validation rows. (transformers averages batch means: rows of few
+        tokens weigh more.)"""
         loader = self.get_eval_dataloader(eval_dataset)
-        was_training = self.model.training
-        self.model.eval()
+        model = cast(nn.Module, self.model)
+        was_training = model.training
+        model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, learnt tokens
         with torch.no_grad():
             for inputs in loader:
@@ -67,7 +69,7 @@ class LoradockTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     sums[0] += self.model_wrapped(**batch).loss.double() * count
                 sums[1] += count
-        self.model.train(was_training)
+        model.train(was_training)
         total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
         loss = total / tokens if tokens else math.nan
         metrics = {

@@ -24,12 +24,12 @@ def train(
     load_config(config, set_ or [])  # a typo is told before the heavy imports, not after ten seconds
     import json
 
-    import transformers
     from rich.console import Console
+    from transformers.utils import logging
 
     from loradock_train.run import train as run_training
 
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     run = run_training(config, overrides=set_ or [], output=output, overwrite=overwrite, console=Console(stderr=True))
     typer.echo(json.dumps(run.summary, indent=2) if as_json else str(run.checkpoint))
