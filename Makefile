@@ -19,14 +19,14 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(she
 # GPU=1 takes the CUDA build of the same engine. Once installed so, the other targets keep to it.
 GPU ?= $(if $(wildcard $(VENV)/.installed-gpu),1,0)
 FLAVOUR := $(if $(filter 1 yes true,$(GPU)),gpu,cpu)
-LOCKS := $(FLAVOUR).txt tools.txt
+LOCKS := $(FLAVOUR).txt build.txt tools.txt
 STAMP := $(VENV)/.installed-$(FLAVOUR)
 
 # Byte code is wanted here, whatever the environment says: the engine's start is mostly imports.
 unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH
 
-TYPED := adapters serve train tests $(if $(wildcard examples/*/*.py),examples) $(if $(wildcard benchmarks/*.py),benchmarks)
+TYPED := adapters serve train tests docker $(if $(wildcard examples/*/*.py),examples) $(if $(wildcard benchmarks/*.py),benchmarks)
 
 .PHONY: help
 help: ## this list

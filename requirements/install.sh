@@ -24,8 +24,8 @@ pip_install() {
 progress() { # a line every 20 packages, with what the step is at
     awk -v total="$1" '
         /^(Collecting|Processing|Requirement already satisfied:) / {
-            sub(/^Requirement already satisfied:/, "have"); sub(/^Processing .*\//, "have "); n++
-            if (n % 20 == 0) { printf "    %d of %d: %s\n", n, total, $2; fflush() } }
+            sub(/^Requirement already satisfied:/, "have"); name = $2; sub(/.*\//, "", name); n++
+            if (n % 20 == 0) { printf "    %d of %d: %s\n", n, total, name; fflush() } }
         /^Installing collected packages/ { print "    unpacking"; fflush() }'
 }
 

@@ -19,8 +19,7 @@ grep -v '^#' requirements/left-out.txt > "$work/left-out-cpu.txt"
 grep '^fastapi-cli' requirements/left-out.txt > "$work/left-out-gpu.txt"
 # vLLM asks for six on Python 3.12 and newer; the locks are resolved for 3.11 and also used above it.
 echo 'six' > "$work/newer-python.txt"
-# Building the editable project needs no network: its build tools are pinned too.
-printf 'hatchling\neditables\n' > "$work/build.txt"
+printf 'hatchling\neditables\n' > "$work/build-tools.txt"
 
 compile() { # compile OUTPUT TITLE ARGS... : resolve, preferring the pins that OUTPUT has
     local output=$1 title=$2
@@ -32,7 +31,6 @@ compile() { # compile OUTPUT TITLE ARGS... : resolve, preferring the pins that O
     { printf '# %s\n# Made by `make lock`; do not edit.\n' "$title"; cat "$work/out.txt"; } > "$work/done.txt"
     mv "$work/done.txt" "$output"
     rm -f "$work/out.txt"
-    printf '%-26s %s packages\n' "$output" "$(grep -c == "$output")"
 }
 
 linux=(--python-platform x86_64-manylinux_2_28)
@@ -61,9 +59,30 @@ UPGRADE='' compile requirements/gpu.txt "serve + train + the CUDA engine, on Lin
 compile requirements/client.txt "The light client on any system: push, ls, show, rollback, inspect. No torch." \
     --universal --constraints "$work/cpu-pins.txt" pyproject.toml
 
-compile requirements/tools.txt "Tests, lints and the build back end." \
-    "${linux[@]}" --constraints "$work/cpu-pins.txt" --overrides "$work/left-out-cpu.txt" \
-    pyproject.toml "$work/build.txt" --extra dev
-# What both engines' locks pin already stays there: one pin a package.
-grep -v -x -F -f "$work/cpu-pins.txt" requirements/tools.txt > "$work/tools.txt"
-mv "$work/tools.txt" requirements/tools.txt
+compile requirements/build.txt "What builds the project: with these pinned too, installing it asks no index." \
+    "${linux[@]}" --constraints "$work/cpu-pins.txt" "$work/build-tools.txt"
+
+compile requirements/tools.txt "Tests and lints." \
+    "${linux[@]}" --constraints "$work/cpu-pins.txt" --constraints requirements/build.txt \
+    --overrides "$work/left-out-cpu.txt" pyproject.toml --extra dev
+
+# What the official image of the pinned vLLM lacks: the GPU lock without all that vLLM itself asks for.
+grep == requirements/gpu.txt > "$work/gpu-pins.txt"
+grep '^vllm==' requirements/gpu.txt > "$work/vllm.txt"
+compile "$work/vllm-closure.txt" "" "${linux[@]}" --constraints "$work/gpu-pins.txt" "$work/vllm.txt"
+{
+    echo '# What serve + train need and the official image of the pinned vLLM lacks: gpu.txt less all that vLLM asks for.'
+    echo '# Made by `make lock`; do not edit.'
+    grep -v -x -F -f <(grep == "$work/vllm-closure.txt") "$work/gpu-pins.txt" | grep -v '^six=='
+} > requirements/gpu-image.txt
+
+# One pin a package: what both engines' locks have stays there.
+without() { # without LOCK PINS... : takes lines out of LOCK
+    local lock=$1
+    shift
+    grep -v -x -F -f <(cat "$@" | grep ==) "$lock" > "$work/rest.txt"
+    mv "$work/rest.txt" "$lock"
+}
+without requirements/tools.txt requirements/build.txt
+without requirements/tools.txt "$work/cpu-pins.txt"
+grep -c == requirements/*.txt | grep -v left-out
