@@ -6,6 +6,7 @@ The process is our small launcher, which is the parent of vLLM's own processes a
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -17,6 +18,16 @@ from loradock_serve.engine_command import EngineCommand
 
 STOP_GRACE_S = launcher.GRACE_S + 5.0
 LOG_TAIL_LINES = 30
+ORPHAN_POLLS, ORPHAN_POLL_S = 100, 0.05
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of descendants whose own parent dies, so that none stays behind as a zombie.
+
+    Without it they go to process 1, which in a container may be this program, or one that buries nobody.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 class EngineProcess:
@@ -84,8 +95,19 @@ class EngineProcess:
         """After the end, however it came: no process of the group and no socket stays."""
         self._kill_group()
         await self._process.wait()
+        await self._reap_orphans()
         with contextlib.suppress(FileNotFoundError):
             self.socket.unlink()
+
+    async def _reap_orphans(self) -> None:
+        """Bury the launcher's descendants, which became ours when their parents died (`adopt_orphans`)."""
+        for _ in range(ORPHAN_POLLS):
+            try:
+                while os.waitpid(-self.pid, os.WNOHANG)[0]:
+                    pass
+            except ChildProcessError:
+                return
+            await asyncio.sleep(ORPHAN_POLL_S)
 
     def _kill_group(self) -> None:
         # The session is the launcher's own, so the group is too; its id stays taken while any member lives.

@@ -162,6 +162,9 @@ async def _stream(answer: aiohttp.ClientResponse, target: Target, out: rewrite.O
                 await reply.write(data)
             if rewriter.error is not None:
                 break
+    except ENGINE_GONE:
+        if not rewriter.ended_well:  # the answer was complete: what died after it is not its client's business
+            raise
     finally:
         _meter(out, rewriter.usage)
     if rewriter.error is not None:

@@ -11,6 +11,7 @@ import uvloop
 from loradock_serve.app import Gateway, build_gateway
 from loradock_serve.config import ServeConfig, read_admin_key
 from loradock_serve.errors import ServeConfigError
+from loradock_serve.process import adopt_orphans
 
 log = logging.getLogger("loradock.gateway")
 
@@ -22,6 +23,7 @@ def run(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM. Raises ServeConfigError where it cannot begin."""
     # The lines of a server are read by people and by log collectors: one each, on stderr, with a time.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    adopt_orphans()
     admin_key = read_admin_key(config, os.environ)
     listener = _listen(config)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
