@@ -103,7 +103,7 @@ class EngineProcess:
         """Bury the launcher's descendants, which became ours when their parents died (`adopt_orphans`)."""
         for _ in range(ORPHAN_POLLS):
             try:
-                while os.waitpid(-self.pid, os.WNOHANG)[0]:
+                while os.waitpid(-self.pid, os.WNOHANG)[0]:  # noqa: ASYNC222 - WNOHANG does not wait
                     pass
             except ChildProcessError:
                 return
