@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loradock_testing.checkpoints import write_adapter, write_full_model
 from loradock_testing.gateway import Served, serving
+from loradock_testing.tiny_checkpoints import write_adapter, write_full_model
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """A small process that speaks the engine's API, for tests of everything around an engine.
 
-Run as the gateway runs vLLM: `python -m loradock_testing.fake_engine --uds PATH --served-model-name NAME …`. It answers at once and
-always the same: the words of the prompt, each behind the name of the model, so that a test sees who answered what. Prompts
-that begin with `!` make it misbehave; see `_misbehave`. Flags it does not know it shows under `/loradock/status`.
+Run as the gateway runs vLLM: `python -m loradock_testing.fake_engine --uds PATH --served-model-name NAME …`. It
+answers at once and always the same: the words of the prompt, each behind the name of the model, so that a test sees who
+answered what. Prompts that begin with `!` make it misbehave (`_misbehave`, `_stream`). Flags it does not know it shows
+under `/loradock/status`.
 """
 
 import asyncio
@@ -124,7 +125,7 @@ class FakeEngine:
         return response
 
     async def _misbehave(self, prompt: str, request: web.Request) -> web.StreamResponse | None:
-        """Before a byte of the answer: `!exit` ends the process, `!500` and `!sick` fail, `!wait` hangs until aborted."""
+        """Before a byte of the answer: `!exit` ends the process, `!500`, `!400`, `!sick` fail, `!wait` hangs."""
         match prompt.split()[0]:
             case "!exit":
                 os._exit(9)

@@ -18,7 +18,7 @@ from loradock_serve import engine_command
 from loradock_serve.app import Gateway, build_gateway
 from loradock_serve.config import ServeConfig
 from loradock_serve.engine_command import Machine
-from loradock_testing.checkpoints import write_base
+from loradock_testing.tiny_checkpoints import write_base
 
 MACHINE = Machine("cpu", 8 * 1024**3, (0, 1))
 
