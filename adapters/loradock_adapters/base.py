@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,21 @@ class BaseModel:
     """The output matrix is the input embedding."""
     model_id: str | None = None
     """What it is served as: a hub id or a path; only for messages."""
-    weights_sha256: str | None = field(default=None)
+    tensor_names: frozenset[str] = frozenset()
+    """Every tensor of the weights, norms and biases too; empty where the weights are not local."""
+    weights_sha256: str | None = None
     """passport.weights_sha256() of the base, where somebody has computed it."""
 
     @property
     def known(self) -> bool:
         """Whether adapters can be compared with it at all."""
         return bool(self.modules)
+
+    def has(self, module: str) -> bool:
+        """Whether there is such a module, with or without a matrix (a norm, say)."""
+        if module in self.modules or f"{module}.weight" in self.tensor_names:
+            return True
+        return not self.exact and "norm" in module.rpartition(".")[2]
 
     @property
     def embedding_modules(self) -> frozenset[str]:
@@ -84,6 +92,7 @@ def base_from(
         exact=bool(shapes),
         tied=tied,
         model_id=model_id,
+        tensor_names=frozenset(shapes),
         weights_sha256=weights_sha256,
     )
 

@@ -1,7 +1,7 @@
 """The `loradock` command. Its sub-commands come from the entry points of group "loradock.commands".
 
-Only the module of the command that was asked for is imported; `loradock --help` imports them all, which is cheap because
-a command's module imports nothing heavy before its function runs. Knows no command itself.
+Only the module of the command that was asked for is imported; `loradock --help` imports them all, which is cheap
+because a command's module imports nothing heavy before its function runs. Knows no command itself.
 """
 
 import sys

@@ -49,6 +49,7 @@ class Client:
         """`retry_waits_s`: the pauses before a request whose connection broke is sent again."""
         self.server = server.rstrip("/").removesuffix("/v1")
         self._retry_waits_s = tuple(retry_waits_s)
+        self._answered = False  # a server that never answered is not worth waiting for
         try:
             self._http = httpx.Client(
                 base_url=self.server,
@@ -164,13 +165,15 @@ class Client:
         for wait_s in [*self._retry_waits_s, None]:
             try:
                 content = body() if body is not None else None
-                return self._http.request(method, path, json=json, headers=headers, content=content)
+                response = self._http.request(method, path, json=json, headers=headers, content=content)
+                self._answered = True
+                return response
             except httpx.UnsupportedProtocol as error:
                 raise UnreachableError(
                     f"{self.server} is no server's address: start it with http:// or https://"
                 ) from error
             except httpx.TransportError as error:
-                if wait_s is None:
+                if wait_s is None or (isinstance(error, httpx.ConnectError) and not self._answered):
                     reason = str(error) or type(error).__name__
                     message = f"no answer from {self.server} ({reason}); is `loradock serve` running there?"
                     raise UnreachableError(message) from error

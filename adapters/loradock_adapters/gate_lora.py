@@ -235,8 +235,9 @@ def _judge_against_base(
         message = "the base's modules are not known here, so names and shapes cannot be checked"
         findings.refuse("base_unknown", message, base.model_id or "", "give a directory that holds the base's weights")
         return
+    factored = {pair.module for pair in pairs}
     touched = dict.fromkeys(key.module for key in keys if key.part != "unknown")
-    strangers = [module for module in touched if module not in base.modules]
+    strangers = [m for m in touched if not (m in base.modules if m in factored else base.has(m))]
     findings.refuse_all(
         "module_not_in_base",
         f"the base has no such module{_near(strangers, base)}",

@@ -1,68 +1,147 @@
-"""Checkpoint directories without torch: right names, right shapes, seeded values. For tests that only move them about."""
+"""Checkpoints and bases of a few kilobytes, written byte by byte: no torch, and every fault on demand."""
 
 import json
+import math
+import random
+import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save_file
+from loradock_adapters.base_shapes import derived_modules
+from loradock_adapters.safetensors_header import DTYPE_BITS
 
-TINY_CONFIG: dict[str, Any] = {
+Tensor = tuple[str, tuple[int, ...], bytes]
+"""dtype, shape, bytes"""
+
+PREFIX = "base_model.model."
+
+LLAMA: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": 16,
-    "intermediate_size": 32,
+    "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 4,
-    "vocab_size": 64,
-    "max_position_embeddings": 128,
+    "vocab_size": 40,
     "tie_word_embeddings": False,
-    "eos_token_id": 2,
 }
-SHAPES = {"q_proj": (16, 16), "k_proj": (8, 16), "v_proj": (8, 16), "o_proj": (16, 16)}
-"""(out, in) of the attention modules under TINY_CONFIG."""
+GPT2: Mapping[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_positions": 32,
+    "vocab_size": 40,
+    "tie_word_embeddings": True,
+}
+TARGETS = ("q_proj", "v_proj")
 
 
-def write_base(directory: Path) -> Path:
-    """A base: config only, no weights."""
+def f32(*shape: int, value: float | None = None, seed: int = 0) -> Tensor:
+    """A float32 tensor: of one value, or of small random ones."""
+    count = math.prod(shape)
+    source = random.Random(seed)
+    values = [value] * count if value is not None else [source.uniform(-0.1, 0.1) for _ in range(count)]
+    return "F32", shape, struct.pack(f"<{count}f", *values)
+
+
+def zeros(dtype: str, *shape: int) -> Tensor:
+    return dtype, shape, bytes(math.prod(shape) * DTYPE_BITS[dtype] // 8)
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata is not None else {}
+    position = 0
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + len(raw)]}
+        position += len(raw)
+    return with_header(json.dumps(header).encode(), b"".join(raw for _, _, raw in tensors.values()))
+
+
+def with_header(header: bytes, data: bytes = b"") -> bytes:
+    """A safetensors file with exactly this header, right or wrong."""
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document), encoding="utf-8")
+
+
+def lora_tensors(
+    config: Mapping[str, Any] = LLAMA, rank: int = 4, targets: tuple[str, ...] = TARGETS, seed: int = 0
+) -> dict[str, Tensor]:
+    """The tensors that PEFT saves for an adapter of this rank on these targets."""
+    tensors: dict[str, Tensor] = {}
+    for module, (out_features, in_features) in derived_modules(config).items():
+        name = module.rpartition(".")[2]
+        if name not in targets:
+            continue
+        if name in ("embed_tokens", "wte"):
+            tensors[f"{PREFIX}{module}.lora_embedding_A"] = f32(rank, out_features, seed=seed)
+            tensors[f"{PREFIX}{module}.lora_embedding_B"] = f32(in_features, rank, seed=seed + 1)
+        else:
+            tensors[f"{PREFIX}{module}.lora_A.weight"] = f32(rank, in_features, seed=seed)
+            tensors[f"{PREFIX}{module}.lora_B.weight"] = f32(out_features, rank, seed=seed + 1)
+    return tensors
+
+
+def lora_config(rank: int = 4, targets: tuple[str, ...] = TARGETS, **settings: Any) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(targets),
+        "bias": "none",
+        "base_model_name_or_path": "somewhere/base",
+        **settings,
+    }
+
+
+def write_adapter(
+    directory: Path,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    rank: int = 4,
+    targets: tuple[str, ...] = TARGETS,
+    seed: int = 0,
+    **settings: Any,
+) -> Path:
+    """An adapter for the LLAMA base; `tensors` stand in for the right ones, `settings` go into its config."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(TINY_CONFIG))
+    write_json(directory / "adapter_config.json", lora_config(rank, targets, **settings))
+    chosen = tensors if tensors is not None else lora_tensors(rank=rank, targets=targets, seed=seed)
+    (directory / "adapter_model.safetensors").write_bytes(safetensors_bytes(chosen))
     return directory
 
 
-def write_adapter(directory: Path, seed: int = 0, rank: int = 4, **config: Any) -> Path:
-    """A LoRA adapter in PEFT layout on q_proj and v_proj; `config` goes over adapter_config.json."""
+def full_tensors(config: Mapping[str, Any] = LLAMA) -> dict[str, Tensor]:
+    """All matrices that a config asks for, and one norm."""
+    tensors = {f"{module}.weight": f32(*shape) for module, shape in derived_modules(config).items()}
+    if config.get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
+    tensors["model.norm.weight"] = f32(16, value=1.0)
+    return tensors
+
+
+def write_full(directory: Path, config: Mapping[str, Any] = LLAMA, shards: int = 1) -> Path:
+    """A full model with a tokenizer, in one file or in several with an index."""
     directory.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(seed)
-    tensors = {}
-    for layer in range(TINY_CONFIG["num_hidden_layers"]):
-        for module in ("q_proj", "v_proj"):
-            out, inner = SHAPES[module]
-            prefix = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            tensors[f"{prefix}.lora_A.weight"] = random.standard_normal((rank, inner)).astype(np.float32)
-            tensors[f"{prefix}.lora_B.weight"] = random.standard_normal((out, rank)).astype(np.float32)
-    save_file(tensors, directory / "adapter_model.safetensors")
-    written = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "bias": "none"}
-    written |= {"target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "base"} | config
-    (directory / "adapter_config.json").write_text(json.dumps(written))
-    return directory
-
-
-def write_full_model(directory: Path, seed: int = 0) -> Path:
-    """Full weights of the same architecture, every tensor there."""
-    random = np.random.default_rng(seed)
-    write_base(directory)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (64, 16), "lm_head.weight": (64, 16)}
-    shapes["model.norm.weight"] = (16,)
-    for layer in range(TINY_CONFIG["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}"
-        shapes |= {f"{prefix}.self_attn.{module}.weight": shape for module, shape in SHAPES.items()}
-        shapes |= {f"{prefix}.mlp.{module}.weight": (32, 16) for module in ("gate_proj", "up_proj")}
-        shapes |= {f"{prefix}.mlp.down_proj.weight": (16, 32), f"{prefix}.input_layernorm.weight": (16,)}
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (16,)
-    tensors = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    save_file(tensors, directory / "model.safetensors")
-    (directory / "tokenizer.json").write_text("{}")  # its being there is all that is looked at
+    write_json(directory / "config.json", config)
+    write_json(directory / "tokenizer.json", {"version": "1.0"})
+    tensors = full_tensors(config)
+    if shards == 1:
+        (directory / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+        return directory
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for number in range(shards):
+        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[number::shards]}
+        weight_map |= dict.fromkeys(part, file)
+        (directory / file).write_bytes(safetensors_bytes(part))
+    write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     return directory

@@ -1,0 +1,155 @@
+"""The engine's rules, held against the installed vLLM: they must change together."""
+
+import ast
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradock_adapters.engine_rules import (
+    FEATURES,
+    KNOWN_SETTINGS,
+    LORA_RANKS,
+    MAX_LM_HEAD_VOCAB,
+    PLAIN_INITS,
+    VLLM_VERSION,
+    architecture_rules,
+    known_architectures,
+    ladder_rank,
+)
+from loradock_adapters.tables.make_engine_rules import TABLE, dump, make_table, vllm_root
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.mark.parametrize(
+    ("rank", "step"), [(1, 1), (2, 8), (8, 8), (12, 16), (65, 128), (257, 320), (512, 512), (513, None)]
+)
+def test_ladder_rank_next_step(rank: int, step: int | None) -> None:
+    assert ladder_rank(rank) == step
+
+
+def test_architecture_rules_known_cases() -> None:
+    llama = architecture_rules("LlamaForCausalLM")
+    assert llama is not None
+    assert llama.lora
+    assert llama.embedding_modules == {"embed_tokens", "lm_head"}
+    gpt2 = architecture_rules("GPT2LMHeadModel")
+    assert gpt2 is not None
+    assert not gpt2.lora
+    qwen2 = architecture_rules("Qwen2ForCausalLM")
+    assert qwen2 is not None
+    assert (qwen2.lora, qwen2.embedding_modules) == (True, frozenset())
+    assert architecture_rules("UnheardOf") is None
+    assert len(known_architectures()) > 300
+
+
+@needs_vllm
+def test_table_is_what_the_installed_vllm_says() -> None:
+    table = make_table(vllm_root())
+    assert table["vllm_version"] == VLLM_VERSION
+    assert TABLE.read_text() == dump(table)
+
+
+@needs_vllm
+def test_ranks_and_vocabulary_limit_are_those_of_the_installed_vllm() -> None:
+    config = (vllm_root() / "config" / "lora.py").read_text()
+    ladder = next(
+        node.value
+        for node in ast.parse(config).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MaxLoRARanks"
+    )
+    assert isinstance(ladder, ast.Subscript)
+    assert ast.literal_eval(ladder.slice) == LORA_RANKS
+    processor = (vllm_root() / "lora" / "layers" / "logits_processor.py").read_text()
+    assert f"vocab_size > {MAX_LM_HEAD_VOCAB}" in processor
+
+
+_PROBE = """
+import json, sys
+from types import SimpleNamespace
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.model_executor.models.interfaces import supports_lora
+from vllm.model_executor.models import llama, qwen2, qwen3, gpt2, mistral
+from vllm.model_executor.models.transformers import TransformersForCausalLM
+
+def legal(settings):
+    config = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], **settings}
+    try:
+        PEFTHelper.from_dict(config).validate_legal(SimpleNamespace(max_lora_rank=16))
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+classes = [llama.LlamaForCausalLM, qwen2.Qwen2ForCausalLM, qwen3.Qwen3ForCausalLM, gpt2.GPT2LMHeadModel,
+           mistral.MistralForCausalLM, TransformersForCausalLM]
+print(json.dumps({
+    "legal": [legal(settings) for settings in json.loads(sys.argv[1])],
+    "classes": {c.__name__: [bool(supports_lora(c)), sorted(getattr(c, "embedding_modules", {}))] for c in classes},
+}))
+"""
+
+_REFUSED: list[dict[str, Any]] = [
+    {"use_dora": True},
+    {"bias": "all"},
+    {"lora_bias": True},
+    {"modules_to_save": ["lm_head"]},
+    {"init_lora_weights": "pissa"},
+    {"init_lora_weights": "olora"},
+    {"init_lora_weights": "corda"},
+    {"init_lora_weights": "loftq"},
+    {"alora_invocation_tokens": [1]},
+    {"layer_replication": [[0, 1]]},
+    {"use_bdlora": {"nblocks": 2}},
+    {"use_qalora": True},
+    {"r": 17},
+    {"rank_pattern": {"q_proj": 17}},
+    {"rank_pattern": {"q_proj": 0}},
+    {"r": 0},
+]
+_ACCEPTED: list[dict[str, Any]] = [
+    {},
+    {"r": 12},
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 1.5}},
+    {"init_lora_weights": False},
+    *({"init_lora_weights": init} for init in sorted(PLAIN_INITS)),
+]
+
+
+@needs_vllm
+def test_features_are_refused_and_accepted_as_by_the_installed_vllm() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _PROBE, json.dumps([*_REFUSED, *_ACCEPTED])],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    found = json.loads(ran.stdout.splitlines()[-1])
+    refused, accepted = found["legal"][: len(_REFUSED)], found["legal"][len(_REFUSED) :]
+    assert all(refused), [settings for settings, message in zip(_REFUSED, refused, strict=True) if not message]
+    assert not any(accepted), accepted
+    for settings in _REFUSED[:12]:
+        ((setting, value),) = settings.items()
+        assert any(feature.used(value) for feature in FEATURES if feature.setting == setting)
+    for name, (lora, embeddings) in found["classes"].items():
+        rules = architecture_rules(name)
+        assert rules is not None
+        assert (rules.lora, sorted(rules.embedding_modules)) == (lora, embeddings if lora else [])
+
+
+def test_settings_are_those_of_the_installed_peft() -> None:
+    spec = find_spec("peft")
+    if spec is None or spec.origin is None:
+        pytest.skip("PEFT is not installed")
+    tree = ast.parse((Path(spec.origin).parent / "tuners" / "lora" / "config.py").read_text())
+    cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LoraConfig")
+    fields = {
+        node.target.id for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    }
+    assert fields <= KNOWN_SETTINGS

@@ -1,0 +1,470 @@
+"""The gate on adapters: what is shared, what needs an engine of its own, what is refused, and every reason at once."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradock_adapters.base import BaseModel, base_from
+from loradock_adapters.checkpoint import read_checkpoint
+from loradock_adapters.gate import EngineLimits, Verdict, judge
+from loradock_adapters.lora_keys import is_safe_pattern, parse_key, rank_of
+from loradock_adapters.passport import Passport, PassportBase, write_passport
+from loradock_testing.checkpoints import (
+    GPT2,
+    LLAMA,
+    PREFIX,
+    Tensor,
+    f32,
+    lora_tensors,
+    write_adapter,
+    write_json,
+    zeros,
+)
+
+BASE = base_from(LLAMA, model_id="somewhere/base")
+Q0 = "model.layers.0.self_attn.q_proj"
+ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head")
+
+
+def verdict_of(directory: Path, base: BaseModel | None = BASE, max_lora_rank: int = 64) -> Verdict:
+    return judge(read_checkpoint(directory), base, EngineLimits(max_lora_rank))
+
+
+def codes(verdict: Verdict) -> list[str]:
+    assert all(str(reason).isprintable() and reason.message for reason in verdict.reasons)
+    return [reason.code for reason in verdict.reasons]
+
+
+def with_tensors(changes: Mapping[str, Tensor | None], **settings: Any) -> dict[str, Tensor]:
+    """The right tensors with some added, replaced, or (None) left out."""
+    tensors: dict[str, Tensor | None] = {**lora_tensors(**settings), **changes}
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("rank", [1, 3, 12, 64])
+def test_plain_adapter_of_any_rank_up_to_the_limit_is_shared(tmp_path: Path, rank: int) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, rank=rank))
+    assert verdict == Verdict("lora", "shared", (), rank)
+
+
+def test_adapter_on_the_seeds_whole_list_is_shared(tmp_path: Path) -> None:
+    assert verdict_of(write_adapter(tmp_path, targets=ALL_TARGETS)) == Verdict("lora", "shared", (), 4)
+
+
+def test_adapter_with_rank_pattern_its_largest_rank_counts(tmp_path: Path) -> None:
+    tensors = with_tensors({f"{PREFIX}{Q0}.lora_A.weight": f32(80, 16), f"{PREFIX}{Q0}.lora_B.weight": f32(16, 80)})
+    write_adapter(tmp_path, tensors, rank_pattern={"layers.0.self_attn.q_proj": 80})
+    assert verdict_of(tmp_path, max_lora_rank=128) == Verdict("lora", "shared", (), 80)
+    dedicated = verdict_of(tmp_path, max_lora_rank=64)
+    assert (dedicated.placement, codes(dedicated), dedicated.rank) == ("dedicated", ["rank_over_limit"], 80)
+
+
+def test_over_rank_is_dedicated_and_names_both_numbers_and_the_setting(tmp_path: Path) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, rank=65))
+    assert verdict.placement == "dedicated"
+    assert verdict.reasons[0].message == "rank 65 is over the engine's max_lora_rank 64"
+    assert verdict.reasons[0].fix == "serve with engine.max_lora_rank: 128"
+
+
+def test_rank_over_every_ladder_step_is_dedicated(tmp_path: Path) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, rank=513), max_lora_rank=512)
+    assert verdict.placement == "dedicated"
+    assert "512 is the last" in verdict.reasons[0].fix
+
+
+DEDICATED: dict[str, tuple[dict[str, Any], str]] = {
+    "dora": ({"use_dora": True}, "dora"),
+    "bias_all": ({"bias": "all"}, "trained_bias"),
+    "bias_lora_only": ({"bias": "lora_only"}, "trained_bias"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "trainable_tokens": ({"trainable_token_indices": [1, 2]}, "trainable_tokens"),
+}
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
+    "alora": ({"alora_invocation_tokens": [1]}, "alora"),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_changes_base"),
+    "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "init_changes_base"),
+    "olora": ({"init_lora_weights": "olora"}, "init_changes_base"),
+    "corda": ({"init_lora_weights": "corda"}, "init_changes_base"),
+    "loftq": ({"init_lora_weights": "loftq"}, "init_changes_base"),
+    "layer_replication": ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    "bdlora": ({"use_bdlora": {"nblocks": 2}}, "bdlora"),
+    "qalora": ({"use_qalora": True}, "qalora"),
+    "peft_type": ({"peft_type": "IA3"}, "peft_type"),
+    "rank_zero": ({"r": 0}, "rank"),
+    "rank_text": ({"r": "8"}, "rank"),
+    "rank_bool": ({"r": True}, "rank"),
+    "rank_missing": ({"r": None}, "rank"),
+    "alpha_text": ({"lora_alpha": "16"}, "lora_alpha"),
+    "targets_number": ({"target_modules": 7}, "target_modules"),
+    "rank_pattern_list": ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+    "rank_pattern_zero": ({"rank_pattern": {"o_proj": 0}}, "rank_pattern"),
+    "alpha_pattern_text": ({"alpha_pattern": {"o_proj": "a"}}, "alpha_pattern"),
+    "pattern_hangs": ({"rank_pattern": {"(a+)+$": 8}}, "pattern_unsafe"),
+    "pattern_hangs_alpha": ({"alpha_pattern": {"(.*)*x": 8}}, "pattern_unsafe"),
+}
+PLAIN: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 3.5}},
+    "rank_pattern_null": {"rank_pattern": None},
+    "init_gaussian": {"init_lora_weights": "gaussian"},
+    "init_eva": {"init_lora_weights": "EVA"},
+    "init_false": {"init_lora_weights": False},
+    "no_dora": {"use_dora": False, "modules_to_save": None, "lora_bias": False, "trainable_token_indices": None},
+    "target_pattern": {"target_modules": r".*\.(q|v)_proj"},
+}
+
+
+@pytest.mark.parametrize(("settings", "code"), DEDICATED.values(), ids=DEDICATED.keys())
+def test_setting_that_cannot_be_swapped_is_dedicated(tmp_path: Path, settings: dict[str, Any], code: str) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, **settings))
+    assert (verdict.placement, codes(verdict)) == ("dedicated", [code])
+
+
+@pytest.mark.parametrize(("settings", "code"), REJECTED.values(), ids=REJECTED.keys())
+def test_setting_that_cannot_be_served_is_rejected(tmp_path: Path, settings: dict[str, Any], code: str) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, **settings))
+    assert (verdict.placement, codes(verdict)) == ("rejected", [code])
+
+
+@pytest.mark.parametrize("settings", PLAIN.values(), ids=PLAIN.keys())
+def test_setting_that_the_engine_implements_is_shared(tmp_path: Path, settings: dict[str, Any]) -> None:
+    assert verdict_of(write_adapter(tmp_path, **settings)) == Verdict("lora", "shared", (), 4)
+
+
+def test_unknown_setting_is_remarked(tmp_path: Path) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, use_hyperlora=True))
+    assert (verdict.placement, codes(verdict)) == ("shared", ["unknown_setting"])
+    assert verdict.reasons[0].where == "use_hyperlora"
+
+
+STRANGE_KEYS = {
+    "no_base_model": "model.layers.9.self_attn.q_proj",
+    "layer_beyond": "model.layers.2.self_attn.q_proj",
+    "prefix_missing": "layers.0.self_attn.q_proj",
+    "prefix_doubled": "model.model.layers.0.self_attn.q_proj",
+    "peft_prefix_doubled": "base_model.model.model.layers.0.self_attn.q_proj",
+    "multimodal_prefix": "model.language_model.layers.0.self_attn.q_proj",
+    "other_family": "transformer.h.0.attn.c_attn",
+    "norm": "model.norm",
+    "case": "model.layers.0.self_attn.Q_proj",
+}
+
+
+@pytest.mark.parametrize("module", STRANGE_KEYS.values(), ids=STRANGE_KEYS.keys())
+def test_tensor_for_a_module_that_the_base_lacks_is_rejected(tmp_path: Path, module: str) -> None:
+    pair = {f"{PREFIX}{module}.lora_A.weight": f32(4, 16), f"{PREFIX}{module}.lora_B.weight": f32(16, 4)}
+    verdict = verdict_of(write_adapter(tmp_path, with_tensors(pair)))
+    assert (verdict.placement, codes(verdict)) == ("rejected", ["module_not_in_base"])
+    assert verdict.reasons[0].where == module
+
+
+def test_wrong_prefix_everywhere_is_one_problem_that_says_what_the_base_calls_it(tmp_path: Path) -> None:
+    wrong = {
+        name.replace("model.layers", "model.language_model.layers"): tensor for name, tensor in lora_tensors().items()
+    }
+    verdict = verdict_of(write_adapter(tmp_path, wrong))
+    assert (verdict.placement, codes(verdict)[0]) == ("rejected", "module_not_in_base")
+    assert f"it calls it {Q0}" in verdict.reasons[0].message
+    assert "3 more" in verdict.reasons[0].message
+
+
+def test_keys_without_the_peft_prefix_land_where_the_engine_puts_them(tmp_path: Path) -> None:
+    bare = {name.removeprefix(PREFIX): tensor for name, tensor in lora_tensors().items()}
+    assert verdict_of(write_adapter(tmp_path, bare)).placement == "shared"
+
+
+def test_same_factor_with_and_without_prefix_is_rejected(tmp_path: Path) -> None:
+    tensors = with_tensors({f"{Q0}.lora_A.weight": f32(4, 16)})
+    assert codes(verdict_of(write_adapter(tmp_path, tensors))) == ["tensor_twice"]
+
+
+BAD_TENSORS: dict[str, tuple[dict[str, Tensor | None], list[str]]] = {
+    "a_without_b": ({f"{PREFIX}{Q0}.lora_B.weight": None}, ["factor_missing"]),
+    "b_without_a": ({f"{PREFIX}{Q0}.lora_A.weight": None}, ["factor_missing"]),
+    "a_of_another_base": ({f"{PREFIX}{Q0}.lora_A.weight": f32(4, 32)}, ["shape_mismatch"]),
+    "b_of_another_base": ({f"{PREFIX}{Q0}.lora_B.weight": f32(32, 4)}, ["shape_mismatch"]),
+    "a_rank": ({f"{PREFIX}{Q0}.lora_A.weight": f32(8, 16)}, ["rank_mismatch"]),
+    "three_dimensions": ({f"{PREFIX}{Q0}.lora_A.weight": f32(4, 16, 1)}, ["shape_mismatch"]),
+    "vector": ({f"{PREFIX}{Q0}.lora_A.weight": f32(64)}, ["shape_mismatch"]),
+    "integers": ({f"{PREFIX}{Q0}.lora_A.weight": zeros("I8", 4, 16)}, ["adapter_dtype"]),
+    "float8": ({f"{PREFIX}{Q0}.lora_A.weight": zeros("F8_E4M3", 4, 16)}, ["adapter_dtype"]),
+    "unsaved_adapter_name": ({f"{PREFIX}{Q0}.lora_A.default.weight": f32(4, 16)}, ["unsupported_tensor"]),
+    "unknown_parameter": ({f"{PREFIX}{Q0}.lora_C.weight": f32(4, 16)}, ["unsupported_tensor"]),
+    "no_module": ({"weight": f32(4)}, ["unsupported_tensor"]),
+    "linear_base_layer": ({f"{PREFIX}{Q0}.base_layer.weight": f32(16, 16)}, ["unsupported_tensor"]),
+    "embedding_factors_on_a_linear_layer": (
+        {f"{PREFIX}{Q0}.lora_embedding_A": f32(4, 16), f"{PREFIX}{Q0}.lora_embedding_B": f32(16, 4)},
+        ["factor_kind"],
+    ),
+    "linear_factors_on_the_embedding": (
+        {
+            f"{PREFIX}model.embed_tokens.lora_A.weight": f32(4, 16),
+            f"{PREFIX}model.embed_tokens.lora_B.weight": f32(40, 4),
+        },
+        ["factor_kind"],
+    ),
+    "embedding_of_another_vocabulary": (
+        {
+            f"{PREFIX}model.embed_tokens.lora_embedding_A": f32(4, 41),
+            f"{PREFIX}model.embed_tokens.lora_embedding_B": f32(16, 4),
+        },
+        ["shape_mismatch"],
+    ),
+    "resized_base_matrix": ({f"{PREFIX}model.embed_tokens.base_layer.weight": f32(48, 16)}, ["vocab_mismatch"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), BAD_TENSORS.values(), ids=BAD_TENSORS.keys())
+def test_tensor_that_does_not_fit_is_rejected(
+    tmp_path: Path, changes: dict[str, Tensor | None], expected: list[str]
+) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, with_tensors(changes)))
+    refused = [code for code in codes(verdict) if code not in ("base_matrix_inside", "full_tensor")]
+    assert (verdict.placement, refused) == ("rejected", expected)
+
+
+DEDICATED_TENSORS: dict[str, tuple[dict[str, Tensor | None], str]] = {
+    "magnitude": ({f"{PREFIX}{Q0}.lora_magnitude_vector": f32(16)}, "dora"),
+    "lora_bias": ({f"{PREFIX}{Q0}.lora_B.bias": f32(16)}, "lora_bias"),
+    "bias": ({f"{PREFIX}{Q0}.bias": f32(16)}, "trained_bias"),
+    "full_matrix": ({f"{PREFIX}lm_head.weight": f32(40, 16)}, "full_tensor"),
+    "full_norm": ({f"{PREFIX}model.norm.weight": f32(16)}, "full_tensor"),
+    "token_rows": (
+        {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta": f32(2, 16)},
+        "trainable_tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "code"), DEDICATED_TENSORS.values(), ids=DEDICATED_TENSORS.keys())
+def test_tensor_that_cannot_be_swapped_is_dedicated_even_where_the_config_is_silent(
+    tmp_path: Path, changes: dict[str, Tensor | None], code: str
+) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, with_tensors(changes)))
+    assert (verdict.placement, codes(verdict)) == ("dedicated", [code])
+
+
+def test_base_matrices_beside_embedding_factors_are_remarked_not_refused(tmp_path: Path) -> None:
+    targets = ("q_proj", "embed_tokens", "lm_head")
+    bases: dict[str, Tensor | None] = {
+        f"{PREFIX}model.embed_tokens.base_layer.weight": f32(40, 16),
+        f"{PREFIX}lm_head.base_layer.weight": f32(40, 16),
+    }
+    write_adapter(tmp_path, with_tensors(bases, targets=targets), targets=targets)
+    verdict = verdict_of(tmp_path)
+    assert (verdict.placement, codes(verdict)) == ("shared", ["base_matrix_inside"])
+    assert "save_embedding_layers=False" in verdict.reasons[0].fix
+
+
+@pytest.mark.parametrize("tensors", [{}, {f"{PREFIX}model.embed_tokens.base_layer.weight": f32(40, 16)}])
+def test_adapter_without_lora_tensors_is_rejected(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, tensors))
+    assert verdict.placement == "rejected"
+    assert "no_lora_tensors" in codes(verdict)
+
+
+def test_adapter_without_weights_is_rejected(tmp_path: Path) -> None:
+    (write_adapter(tmp_path) / "adapter_model.safetensors").unlink()
+    verdict = verdict_of(tmp_path)
+    assert verdict.placement == "rejected"
+    assert "weights_missing" in codes(verdict)
+
+
+def test_pickled_adapter_is_rejected_with_the_reason(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    verdict = verdict_of(tmp_path)
+    assert (verdict.placement, codes(verdict)[0]) == ("rejected", "pickle_refused")
+
+
+def test_adapter_beside_other_weights_is_rejected(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "adapter_model.safetensors").read_bytes())
+    verdict = verdict_of(tmp_path)
+    assert (verdict.placement, codes(verdict)) == ("rejected", ["two_checkpoints"])
+
+
+def test_every_problem_is_named_at_once_the_weightiest_first(tmp_path: Path) -> None:
+    tensors = with_tensors(
+        {
+            f"{PREFIX}{Q0}.lora_B.weight": None,
+            f"{PREFIX}model.layers.1.self_attn.q_proj.lora_A.weight": f32(4, 32),
+            f"{PREFIX}nowhere.q_proj.lora_A.weight": f32(4, 16),
+            f"{PREFIX}nowhere.q_proj.lora_B.weight": f32(16, 4, value=float("nan")),
+        }
+    )
+    write_adapter(tmp_path, tensors, use_dora=True, alora_invocation_tokens=[1], use_hyperlora=True)
+    (tmp_path / "loradock.json").write_text("[]")
+    verdict = verdict_of(tmp_path, max_lora_rank=1)
+    assert (verdict.placement, codes(verdict)) == (
+        "rejected",
+        [
+            "passport_invalid",
+            "alora",
+            "factor_missing",
+            "module_not_in_base",
+            "shape_mismatch",
+            "not_finite",
+            "dora",
+            "rank_over_limit",
+            "unknown_setting",
+        ],
+    )
+
+
+def test_thousand_problems_answer_stays_short(tmp_path: Path) -> None:
+    tensors = {f"{PREFIX}m{i}.lora_A.weight": f32(i + 1, 1) for i in range(300)}
+    tensors |= {f"{PREFIX}m{i}.lora_B.weight": f32(1, i + 1) for i in range(300)}
+    assert len(verdict_of(write_adapter(tmp_path, tensors)).reasons) <= 50
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "expected"),
+    [
+        ("LlamaForCausalLM", ALL_TARGETS, []),
+        ("Qwen3ForCausalLM", ALL_TARGETS, []),
+        ("Qwen2ForCausalLM", ("q_proj", "lm_head"), ["embedding_lora"]),
+        ("Qwen2ForCausalLM", ("q_proj", "embed_tokens"), ["embedding_lora"]),
+        ("Qwen2ForCausalLM", ("q_proj", "down_proj"), []),
+        ("MistralForCausalLM", ("embed_tokens", "lm_head"), ["embedding_lora", "embedding_lora"]),
+        ("UnheardOfForCausalLM", ("q_proj",), ["architecture_without_lora"]),
+        ("MambaForCausalLM", ("q_proj",), ["architecture_without_lora"]),
+    ],
+)
+def test_architecture_decides_what_can_be_wrapped(
+    tmp_path: Path, architecture: str, targets: tuple[str, ...], expected: list[str]
+) -> None:
+    base = base_from({**LLAMA, "architectures": [architecture]}, model_id="base")
+    verdict = verdict_of(write_adapter(tmp_path, targets=targets), base)
+    assert (verdict.placement, codes(verdict)) == ("dedicated" if expected else "shared", expected)
+
+
+def test_gpt2_base_is_dedicated(tmp_path: Path) -> None:
+    tensors = lora_tensors(GPT2, targets=("c_attn",))
+    write_adapter(tmp_path, tensors, targets=("c_attn",), fan_in_fan_out=True)
+    verdict = verdict_of(tmp_path, base_from(GPT2))
+    assert (verdict.placement, codes(verdict)) == ("dedicated", ["architecture_without_lora"])
+
+
+def test_engine_without_lora_is_dedicated(tmp_path: Path) -> None:
+    verdict = judge(read_checkpoint(write_adapter(tmp_path)), BASE, EngineLimits(64, enable_lora=False))
+    assert (verdict.placement, codes(verdict)) == ("dedicated", ["engine_without_lora"])
+
+
+def test_output_matrix_over_a_huge_vocabulary_is_dedicated(tmp_path: Path) -> None:
+    config = {**LLAMA, "vocab_size": 258_049, "hidden_size": 4, "head_dim": 1}
+    write_adapter(tmp_path, lora_tensors(config, rank=1, targets=("lm_head",)), rank=1, targets=("lm_head",))
+    verdict = verdict_of(tmp_path, base_from(config))
+    assert (verdict.placement, codes(verdict)) == ("dedicated", ["vocab_over_limit"])
+    assert "258049" in verdict.reasons[0].message
+    assert "258048" in verdict.reasons[0].message
+
+
+def test_base_whose_modules_are_unknown_refuses_rather_than_guesses(tmp_path: Path) -> None:
+    base = base_from({**LLAMA, "model_type": "unheard_of"})
+    verdict = verdict_of(write_adapter(tmp_path), base)
+    assert (verdict.placement, codes(verdict)) == ("rejected", ["base_unknown"])
+
+
+def test_without_a_base_the_rest_is_judged(tmp_path: Path) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, use_dora=True), None)
+    assert (verdict.placement, codes(verdict)) == ("dedicated", ["dora", "base_not_given"])
+
+
+def test_targets_without_tensors_are_remarked(tmp_path: Path) -> None:
+    write_adapter(tmp_path, target_modules=["q_proj", "v_proj", "o_proj", "c_attn"])
+    verdict = verdict_of(tmp_path)
+    assert (verdict.placement, codes(verdict)) == ("shared", ["target_not_in_base", "target_without_tensors"])
+    assert [reason.where for reason in verdict.reasons] == ["c_attn", "o_proj"]
+
+
+def test_base_of_another_name_is_remarked(tmp_path: Path) -> None:
+    verdict = verdict_of(write_adapter(tmp_path, base_model_name_or_path="/home/me/other-base"))
+    assert (verdict.placement, codes(verdict)) == ("shared", ["base_name"])
+
+
+@pytest.mark.parametrize(("served", "placement"), [("aa" * 32, "shared"), ("bb" * 32, "rejected"), (None, "shared")])
+def test_base_with_other_weights_than_the_passports_is_rejected(
+    tmp_path: Path, served: str | None, placement: str
+) -> None:
+    write_adapter(tmp_path)
+    write_passport(tmp_path, Passport(base=PassportBase(model_id="somewhere/base", weights_sha256="aa" * 32)))
+    verdict = verdict_of(tmp_path, base_from(LLAMA, model_id="somewhere/base", weights_sha256=served))
+    assert verdict.placement == placement
+    assert codes(verdict) == (["base_weights_differ"] if placement == "rejected" else [])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_value_that_is_no_number_is_rejected(tmp_path: Path, value: float) -> None:
+    tensors = with_tensors({f"{PREFIX}{Q0}.lora_B.weight": f32(16, 4, value=value)})
+    verdict = verdict_of(write_adapter(tmp_path, tensors))
+    assert (verdict.placement, codes(verdict)) == ("rejected", ["not_finite"])
+    assert verdict.reasons[0].where == f"adapter_model.safetensors: {PREFIX}{Q0}.lora_B.weight"
+
+
+def test_values_are_not_read_where_they_are_not_wanted(tmp_path: Path) -> None:
+    tensors = with_tensors({f"{PREFIX}{Q0}.lora_B.weight": f32(16, 4, value=float("nan"))})
+    checkpoint = read_checkpoint(write_adapter(tmp_path, tensors))
+    assert judge(checkpoint, BASE, EngineLimits(64), check_values=False).placement == "shared"
+
+
+def test_adapter_whose_every_b_is_zero_is_remarked(tmp_path: Path) -> None:
+    tensors = {n: f32(*t[1], value=0.0) if "lora_B" in n else t for n, t in lora_tensors().items()}
+    assert codes(verdict_of(write_adapter(tmp_path, tensors))) == ["changes_nothing"]
+    tensors[f"{PREFIX}{Q0}.lora_B.weight"] = f32(16, 4)
+    assert codes(verdict_of(write_adapter(tmp_path, tensors))) == []
+
+
+def test_verdict_as_json_is_json(tmp_path: Path) -> None:
+    document = json.loads(json.dumps(verdict_of(write_adapter(tmp_path, rank=128)).to_json()))
+    assert (document["kind"], document["placement"], document["rank"]) == ("lora", "dedicated", 128)
+    assert document["reasons"][0].keys() == {"code", "message", "where", "fix"}
+
+
+def test_config_of_the_wrong_shape_never_raises(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    for junk in (None, [], {}, "x", 7, [[]], {"a": {}}, -1, True):
+        for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "bias", "peft_type", "init_lora_weights"):
+            write_json(
+                tmp_path / "adapter_config.json", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], key: junk}
+            )
+            assert verdict_of(tmp_path).placement in ("shared", "dedicated", "rejected")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "module", "part"),
+    [
+        (f"{PREFIX}{Q0}.lora_A.weight", Q0, "A"),
+        (f"{Q0}.lora_B.weight", Q0, "B"),
+        (f"{PREFIX}model.embed_tokens.lora_embedding_A", "model.embed_tokens", "embedding_A"),
+        (f"{PREFIX}lm_head.base_layer.weight", "lm_head", "base_layer"),
+        (f"{PREFIX}lm_head.weight", "lm_head", "full"),
+        (f"{PREFIX}{Q0}.lora_A.default.weight", f"{Q0}.lora_A.default.weight", "unknown"),
+    ],
+)
+def test_parse_key_taken_apart(tensor: str, module: str, part: str) -> None:
+    key = parse_key(tensor)
+    assert (key.module, key.part) == (module, part)
+
+
+@pytest.mark.parametrize("pattern", ["q_proj", r"layers\.0\..*q_proj", "^model.layers.[0-9]+.mlp", "(q|v)_proj"])
+def test_is_safe_pattern_usual_ones_are(pattern: str) -> None:
+    assert is_safe_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+", "(a|a)*b", "a*b*c*d*", "(", "[a", "x" * 257, "a{1,999}", "(?P<x>a)(?P=x)"]
+)
+def test_is_safe_pattern_hanging_or_broken_ones_are_not(pattern: str) -> None:
+    assert not is_safe_pattern(pattern)
+
+
+def test_rank_of_matches_at_name_boundaries_like_peft() -> None:
+    patterns = {"self_attn.q_proj": 32, "layers.1.mlp.up_proj": 2}
+    assert rank_of("model.layers.0.self_attn.q_proj", 8, patterns) == 32
+    assert rank_of("model.layers.11.mlp.up_proj", 8, patterns) == 8
+    assert rank_of("model.layers.1.mlp.up_proj", 8, patterns) == 2
