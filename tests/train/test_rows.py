@@ -1,0 +1,156 @@
+"""Rows are checked, every one, and a broken one is named by file and line."""
+
+from pathlib import Path
+
+import pytest
+from loradock_train.errors import DataError
+from loradock_train.rows import Format, read_rows
+
+
+def read(path: Path, wanted: Format | None = None) -> Format:
+    return read_rows([str(path)], wanted or "auto", "train_path").format
+
+
+def complaint(path: Path, wanted: Format | None = None) -> str:
+    with pytest.raises(DataError) as caught:
+        read(path, wanted)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def jsonl(folder: Path, *lines: str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+INSTRUCTION = '{"instruction": "a", "input": "", "output": "b"}'
+COMPLETION = '{"prompt": "a", "completion": "b"}'
+TEXT = '{"text": "a"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [(CHAT, "chat"), (INSTRUCTION, "instruction"), (COMPLETION, "completion"), (TEXT, "text")],
+)
+def test_format_is_told_by_the_keys(tmp_path: Path, line: str, expected: str) -> None:
+    assert read(jsonl(tmp_path, line, line)) == expected
+
+
+def test_text_file_is_one_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one\n\ntwo\n")
+    rows = read_rows([str(path)], "auto", "train_path")
+    assert [row.values["text"] for row in rows.rows] == ["one\n\ntwo\n"]
+    assert rows.rows[0].where == str(path)
+
+
+def test_directory_stands_for_its_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "2.txt").write_text("two")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "notes.md").write_text("not data")
+    rows = read_rows([str(tmp_path)], "auto", "train_path")
+    assert [row.values["text"] for row in rows.rows] == ["one", "two"]
+
+
+def test_blank_lines_count_for_line_numbers_but_are_no_rows(tmp_path: Path) -> None:
+    rows = read_rows([str(jsonl(tmp_path, "", TEXT, "", TEXT))], "auto", "train_path")
+    assert [row.line for row in rows.rows] == [2, 4]
+
+
+def test_line_separators_inside_strings_do_not_split_a_row(tmp_path: Path) -> None:
+    rows = read_rows([str(jsonl(tmp_path, '{"text": "a\u2028b\x85c"}', TEXT))], "auto", "train_path")
+    assert [row.line for row in rows.rows] == [1, 2]
+
+
+def test_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    first = read_rows([str(jsonl(tmp_path, TEXT))], "auto", "train_path").sha256
+    assert read_rows([str(jsonl(tmp_path, TEXT, TEXT))], "auto", "train_path").sha256 != first
+
+
+def test_mixed_formats_are_refused_naming_the_first_row_of_each(tmp_path: Path) -> None:
+    message = complaint(jsonl(tmp_path, CHAT, CHAT, TEXT))
+    assert "mixes formats" in message
+    assert "line 1: the first chat row" in message
+    assert "line 3: the first text row" in message
+
+
+def test_later_row_of_no_known_format_is_refused(tmp_path: Path) -> None:
+    message = complaint(jsonl(tmp_path, TEXT, '{"txt": "a"}'))
+    assert "line 2: no messages, instruction, prompt or text key (its keys: txt)" in message
+
+
+def test_row_with_keys_of_two_formats_asks_for_format(tmp_path: Path) -> None:
+    message = complaint(jsonl(tmp_path, '{"prompt": "a", "completion": "b", "text": "c"}'))
+    assert "line 1: has keys of several formats (prompt, text); set format:" in message
+
+
+def test_format_given_decides_rows_with_extra_keys(tmp_path: Path) -> None:
+    assert read(jsonl(tmp_path, '{"prompt": "a", "completion": "b", "text": "c"}'), "completion") == "completion"
+
+
+def test_all_broken_lines_are_told_at_once(tmp_path: Path) -> None:
+    message = complaint(jsonl(tmp_path, TEXT, '{"text": ', "[1]", '"x"'))
+    assert "3 broken lines" in message
+    assert "line 2: not valid JSON" in message
+    assert "line 3: expected a JSON object, found list" in message
+    assert "line 4: expected a JSON object, found str" in message
+
+
+def test_many_problems_are_cut_short_with_their_number(tmp_path: Path) -> None:
+    assert "… and 10 more" in complaint(jsonl(tmp_path, *["{"] * 30))
+
+
+def test_bytes_that_are_no_utf8_name_their_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(TEXT.encode() + b'\n{"text": "\xff"}\n')
+    assert "line 2: not valid UTF-8" in complaint(path)
+
+
+def test_empty_file_has_no_data(tmp_path: Path) -> None:
+    assert "train_path has no data" in complaint(jsonl(tmp_path, ""))
+
+
+def test_directory_without_data_is_refused(tmp_path: Path) -> None:
+    assert "no .jsonl or .txt file in this directory" in complaint(tmp_path)
+
+
+def test_file_of_another_type_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("a,b")
+    assert "expected a .jsonl or .txt file" in complaint(tmp_path / "rows.csv")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"prompt": "a"}', "missing key 'completion'"),
+        ('{"prompt": "a", "completion": 3}', "'completion' must be a string, found int"),
+        ('{"prompt": "a", "completion": ""}', "completion is empty: there is nothing to learn"),
+        ('{"instruction": "a"}', "missing key 'output'"),
+        ('{"instruction": "a", "output": "b", "input": null}', "'input' must be a string, found NoneType"),
+        ('{"instruction": "a", "output": ""}', "output is empty: there is nothing to learn"),
+        ('{"text": null}', "'text' must be a string, found NoneType"),
+        ('{"messages": []}', "'messages' must be a non-empty list"),
+        ('{"messages": "hi"}', "'messages' must be a non-empty list"),
+        ('{"messages": ["hi"]}', "messages[0]: expected an object, found str"),
+        ('{"messages": [{"role": "human", "content": "a"}]}', "messages[0]: invalid role 'human'"),
+        ('{"messages": [{"role": "user"}]}', "messages[0]: missing or non-string 'content'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "Example has no assistant message to learn from"),
+        ('{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "messages[0]: 'weight' must be 0 or 1"),
+        ('{"messages": [{"role": "assistant", "content": "a", "weight": 2}]}', "messages[0]: 'weight' must be 0 or 1"),
+        (
+            '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]}',
+            "Example has no assistant message to learn from",
+        ),
+    ],
+)
+def test_wrong_row_names_its_line_and_key(tmp_path: Path, line: str, expected: str) -> None:
+    message = complaint(jsonl(tmp_path, line))
+    assert f"rows.jsonl, line 1: {expected}" in message
+
+
+def test_assistant_message_with_tool_calls_needs_no_content(tmp_path: Path) -> None:
+    call = '{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}'
+    assert read(jsonl(tmp_path, f'{{"messages": [{{"role": "user", "content": "a"}}, {call}]}}')) == "chat"

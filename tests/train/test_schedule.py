@@ -1,0 +1,71 @@
+"""Length and learning rate: pure arithmetic."""
+
+from typing import Any
+
+import pytest
+from loradock_train.config import TrainConfig
+from loradock_train.schedule import Length, learning_rate_factor, length_of
+
+
+def config(**values: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"model_id": "a/b", "train_path": "x", **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "steps"),
+    [
+        ({"num_epochs": 1, "train_batch_size_per_device": 4}, 10, 3),
+        ({"num_epochs": 2, "train_batch_size_per_device": 4, "gradient_accumulation_steps": 2}, 10, 4),
+        ({"num_epochs": 0.5, "train_batch_size_per_device": 1}, 10, 5),
+        ({"train_batch_size_per_device": 10}, 10, 3),
+        ({"max_steps": 7}, 10, 7),
+        ({"max_steps": 7, "num_epochs": 1, "train_batch_size_per_device": 5}, 10, 2),
+    ],
+)
+def test_number_of_steps_follows_the_nearest_limit(values: dict[str, Any], rows: int, steps: int) -> None:
+    length = length_of(config(**values), rows, num_devices=1)
+    assert (length.max_steps, length.is_clock_bound) == (steps, False)
+
+
+def test_time_limit_alone_leaves_the_steps_open() -> None:
+    length = length_of(config(max_time_s=60), 10, num_devices=1)
+    assert length.is_clock_bound
+    assert length.progress(step=10, elapsed_s=15) == pytest.approx(0.25)
+
+
+def test_progress_is_that_of_the_nearer_limit() -> None:
+    length = Length(10, max_steps=100, max_time_s=100)
+    assert length.progress(50, 10) == 0.5
+    assert length.progress(10, 70) == 0.7
+    assert length.progress(10, 700) == 1.0
+
+
+def factors(steps: int, **values: Any) -> list[float]:
+    made = config(**values)
+    return [round(learning_rate_factor(made, Length(1, steps, None), step, 0.0), 4) for step in range(steps)]
+
+
+def test_linear_falls_evenly_to_zero() -> None:
+    assert factors(4, lr_scheduler_type="linear") == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_cosine_is_half_way_at_half_time() -> None:
+    assert factors(4, lr_scheduler_type="cosine") == [1.0, 0.8536, 0.5, 0.1464]
+
+
+def test_constant_stays() -> None:
+    assert factors(3, lr_scheduler_type="constant") == [1.0, 1.0, 1.0]
+
+
+def test_warmup_in_steps_never_starts_at_zero() -> None:
+    assert factors(6, lr_scheduler_type="linear", warmup_steps=2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_warmup_as_a_share_follows_the_clock() -> None:
+    made, length = config(lr_scheduler_type="linear", warmup_steps=0.1), Length(1, 10**9, max_time_s=100)
+    at = [round(learning_rate_factor(made, length, 5, elapsed_s), 4) for elapsed_s in (0, 5, 10, 55, 100)]
+    assert at == [0.01, 0.5, 1.0, 0.5, 0.0]
+
+
+def test_single_step_run_learns_at_the_peak() -> None:
+    assert factors(1) == [1.0]
