@@ -4,8 +4,9 @@
                                  │                               │
                                  └── failed ◀── exit or no answer ┘   (the base restarts by itself, with growing pauses)
 
-Callers never check and then act: they `ensure_ready()` and get the client of the start that is ready. Knows nothing
-of models or adapters; that a new start has loaded nothing shows in `EngineStart.number`.
+Callers never check and then act: they `ensure_ready()` and get the client of the start that is ready. Those who wait
+while an engine that does not restart by itself breaks learn of it at once; whoever asks after that gets a new start.
+Knows nothing of models or adapters; that a new start has loaded nothing shows in `EngineStart.number`.
 """
 
 import asyncio
@@ -84,10 +85,16 @@ class Engine:
 
     _process: EngineProcess | None = None
 
+    @property
+    def runs(self) -> bool:
+        """Whether it holds memory, or is about to: starting, ready or stopping."""
+        return self._task is not None and not self._task.done()
+
     def start(self) -> None:
         """Begin to start, unless it is running or on its way."""
-        if self._task is None or self._task.done():
+        if not self.runs:
             self._stop_wanted.clear()
+            self._suspected.clear()
             self._renew_ready()
             self.state = "starting"
             self._task = asyncio.create_task(self._live(), name=f"engine {self.plan.label}")
@@ -97,11 +104,12 @@ class Engine:
 
         Raises EngineStartError when this start fails, EngineUnavailableError when the time is over.
         """
-        if self.state == "stopping" and self._task is not None:
-            await asyncio.wait([self._task])
-        self.start()
         try:
-            return await asyncio.wait_for(asyncio.shield(self._ready), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                while self.state in ("stopping", "failed") and self.runs and self._task is not None:
+                    await asyncio.wait([self._task])  # its end is near, and what comes after it is a new start
+                self.start()
+                return await asyncio.shield(self._ready)
         except TimeoutError:
             reason = f": {self.last_error}" if self.last_error else ""
             raise EngineUnavailableError(
@@ -114,16 +122,22 @@ class Engine:
 
     async def stop(self) -> None:
         """Stop the engine and wait until nothing of it is left."""
-        task = self._task
-        if task is None or task.done():
+        if self._task is None or not self.runs:
             return
         self._stop_wanted.set()
         self._suspected.set()
-        await asyncio.wait([task])
+        if self.state != "stopping":
+            self._fail_waiters(EngineUnavailableError(f"The engine of {self.plan.label} is being stopped"))
+            self._leave_ready("stopping")  # from here on nobody is given this start
+        await asyncio.wait([self._task])
 
     def _renew_ready(self) -> None:
         if self._ready.done():
             self._ready = asyncio.get_running_loop().create_future()
+
+    def _leave_ready(self, state: State) -> None:
+        self.state = state
+        self._renew_ready()
 
     async def _live(self) -> None:
         pause_s = FIRST_PAUSE_S
@@ -133,9 +147,7 @@ class Engine:
             if self._stop_wanted.is_set():
                 break
             if not self.plan.restarts:
-                self.state = "failed"
                 return
-            self._renew_ready()
             if time.monotonic() - began > STABLE_AFTER_S:
                 pause_s = FIRST_PAUSE_S
             log.warning("engine %s restarts in %.0f s: %s", self.plan.label, pause_s, self.last_error)
@@ -144,36 +156,45 @@ class Engine:
             if self._stop_wanted.is_set():
                 break
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            self.state = "starting"
-        self._fail_waiters(EngineUnavailableError(f"The engine of {self.plan.label} is being stopped"))
         self.state = "stopped"
 
     async def _one_start(self) -> None:
         """From process start to process end, however it comes."""
         self.starts += 1
         socket = self.plan.socket_dir / f"{self.starts}-{time.monotonic_ns() % 10**9}.sock"
-        self._process = process = await EngineProcess.start(self.plan.make_command(socket), self.plan.log_path)
+        try:
+            self._process = process = await EngineProcess.start(self.plan.make_command(socket), self.plan.log_path)
+        except OSError as error:  # no memory for a process, no place for its log
+            self._broke(EngineStartError(f"The engine of {self.plan.label} cannot be started: {error}"))
+            return
         client = EngineClient(f"unix://{socket}")
         ended = asyncio.create_task(process.wait())
         try:
             status = await self._until_ready(client, process, ended)
-            self.state, self.last_error = "ready", None
-            self._ready.set_result(EngineStart(self.starts, client, status))
-            log.info("engine %s is ready (start %d)", self.plan.label, self.starts)
-            await self._until_broken(client, ended)
-        except EngineError as error:
-            self.last_error = str(error)
             if not self._stop_wanted.is_set():
-                log.error("engine %s: %s", self.plan.label, error)
-                self._fail_start(error)
+                self.state, self.last_error = "ready", None
+                self._ready.set_result(EngineStart(self.starts, client, status))
+                log.info("engine %s is ready (start %d)", self.plan.label, self.starts)
+                await self._until_broken(client, ended)
+        except EngineError as error:
+            self._broke(error)
         finally:
-            self.state = "stopping" if self._stop_wanted.is_set() else "starting"
-            if self._ready.done():
-                self._renew_ready()
             await client.close()
             await (process.stop() if self._stop_wanted.is_set() else process.kill())
             await ended
             self._process = None
+
+    def _broke(self, error: EngineError) -> None:
+        """The engine is of no use any more. Waiters of one that restarts wait on; those of another learn why not."""
+        if self._stop_wanted.is_set():
+            return
+        self.last_error = str(error)
+        log.error("engine %s: %s", self.plan.label, error)
+        if self.plan.restarts:
+            self._leave_ready("starting")
+        else:
+            self._fail_waiters(error)
+            self._leave_ready("failed")
 
     async def _until_ready(
         self, client: EngineClient, process: EngineProcess, ended: asyncio.Task[int]
@@ -219,11 +240,6 @@ class Engine:
             if healthy is False or missed > MISSED_PROBES:
                 raise EngineError(f"The engine of {self.plan.label} is dead: its health check fails")
 
-    def _fail_start(self, error: EngineError) -> None:
-        # The base goes on trying, so its waiters wait on for the next start; others learn at once that this one failed.
-        if not self.plan.restarts:
-            self._fail_waiters(error)
-
     def _fail_waiters(self, error: EngineError) -> None:
         if not self._ready.done():
             self._ready.set_exception(error)
@@ -253,20 +269,21 @@ class AttachedEngine:
 
     async def ensure_ready(self, timeout_s: float) -> EngineStart:
         """The engine's client once it answers; EngineUnavailableError after `timeout_s`."""
-        deadline = time.monotonic() + timeout_s
-        async with self._lock:
-            while self._current is None:
-                if await self._client.is_healthy():
-                    self.starts += 1
-                    self._current = EngineStart(self.starts, self._client, await self._client.status())
-                    self.state = "ready"
-                    self._say_what_it_serves()
-                elif time.monotonic() > deadline:
-                    self.last_error = f"The engine at {self.url} does not answer"
-                    raise EngineUnavailableError(self.last_error, retry_after_s=10)
-                else:
-                    await asyncio.sleep(READY_POLL_S)
-            return self._current
+        try:
+            async with asyncio.timeout(timeout_s), self._lock:
+                while self._current is None:
+                    if await self._client.is_healthy():
+                        status = await self._client.status()
+                        self.starts += 1
+                        self._current = EngineStart(self.starts, self._client, status)
+                        self.state, self.last_error = "ready", None
+                        self._say_what_it_serves()
+                    else:
+                        await asyncio.sleep(READY_POLL_S)
+                return self._current
+        except TimeoutError:
+            self.last_error = f"The engine at {self.url} does not answer"
+            raise EngineUnavailableError(self.last_error, retry_after_s=10) from None
 
     def _say_what_it_serves(self) -> None:
         status = self._current.status if self._current else None

@@ -18,6 +18,8 @@ LOAD_TIMEOUT_S = 300.0
 # A stream may be silent for as long as a request waits inside the engine; the gateway's own deadline ends it.
 STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
 READ_CHUNK_BYTES = 256 * 1024
+# Answers go on to clients as they are, so they must not come compressed.
+PLAIN_ANSWERS = {"accept-encoding": "identity"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,13 @@ class EngineClient:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=3)
             self._origin = url.rstrip("/")
         self._session = aiohttp.ClientSession(
-            connector=connector, timeout=STREAM_TIMEOUT, auto_decompress=False, read_bufsize=READ_CHUNK_BYTES
+            connector=connector,
+            timeout=STREAM_TIMEOUT,
+            auto_decompress=False,
+            read_bufsize=READ_CHUNK_BYTES,
+            headers=PLAIN_ANSWERS,
+            skip_auto_headers=("user-agent",),
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
 
     async def close(self) -> None:
@@ -64,10 +72,14 @@ class EngineClient:
 
     async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """Send a request and return as soon as the engine's headers are here. aiohttp's errors pass through."""
-        return await self._session.post(self._origin + path, data=body, headers=headers)
+        if self._session.closed:  # between its lease and now the engine broke
+            raise aiohttp.ClientConnectionError("the engine has gone")
+        return await self._session.post(self._origin + path, data=body, headers=headers, allow_redirects=False)
 
     async def is_healthy(self) -> bool | None:
         """True or False as the engine says; None where it does not answer in time (it may just be busy)."""
+        if self._session.closed:
+            return False
         try:
             timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
             async with self._session.get(f"{self._origin}/health", timeout=timeout) as answer:
@@ -100,6 +112,8 @@ class EngineClient:
         await self._adapter_call("unload", {"name": name})
 
     async def _adapter_call(self, verb: str, body: Mapping[str, str]) -> None:
+        if self._session.closed:
+            raise EngineUnavailableError(f"the engine has gone before it was to {verb} an adapter")
         try:
             timeout = aiohttp.ClientTimeout(total=LOAD_TIMEOUT_S)
             url = f"{self._origin}/loradock/adapters/{verb}"

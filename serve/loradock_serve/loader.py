@@ -5,10 +5,12 @@ exactly once, however many requests ask at the same moment. Knows nothing of nam
 """
 
 import asyncio
+import contextlib
 import time
 from pathlib import Path
 
 from loradock_serve.engine import EngineStart
+from loradock_serve.errors import EngineError, EngineUnavailableError
 from loradock_serve.metrics import ADAPTER_LOAD_SECONDS
 
 
@@ -18,32 +20,61 @@ class AdapterLoader:
     def __init__(self) -> None:
         self._start_number = 0
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._unloads: dict[str, asyncio.Task[None]] = {}
 
     def is_loaded(self, digest: str) -> bool:
         """Whether the engine's present start has this adapter."""
         task = self._loads.get(digest)
-        return task is not None and task.done() and not task.cancelled() and task.exception() is None
+        return task is not None and task.done() and not _failed(task)
 
     async def ensure_loaded(self, start: EngineStart, digest: str, directory: Path) -> None:
         """Returns when the engine has the adapter. Raises what the load raised; the next call then tries again.
 
         A caller that is cancelled does not cancel the load: others may wait for it.
         """
-        if start.number != self._start_number:
+        if start.number > self._start_number:
             self._start_number, self._loads = start.number, {}
+        if start.number < self._start_number:
+            raise EngineUnavailableError("The engine has been restarted since this request asked for it")
         task = self._loads.get(digest)
-        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(_load(start, digest, directory))
+        if task is None or (task.done() and _failed(task)):
+            task = asyncio.create_task(_load(start, digest, directory, self._unloads.get(digest)))
             self._loads[digest] = task
         await asyncio.shield(task)
 
+    def lost(self, start: EngineStart, digest: str) -> None:
+        """The engine says that it does not have this adapter: the next call loads it again."""
+        if start.number == self._start_number:
+            self._loads.pop(digest, None)
+
     async def unload(self, start: EngineStart, digest: str) -> None:
         """Have the engine forget an adapter and free its weights, if this start has it."""
-        if start.number == self._start_number and self._loads.pop(digest, None) is not None:
+        if start.number != self._start_number:
+            return
+        loading = self._loads.pop(digest, None)
+        if loading is None:
+            return
+        # Kept where a load that comes meanwhile finds it: the two must reach the engine in this order.
+        task = self._unloads[digest] = asyncio.create_task(_unload(start, digest, loading))
+        task.add_done_callback(lambda done: self._unloads.pop(digest) if self._unloads.get(digest) is done else None)
+        await asyncio.shield(task)
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+async def _unload(start: EngineStart, digest: str, loading: asyncio.Task[None]) -> None:
+    await asyncio.wait([loading])
+    if not _failed(loading):
+        # An engine that is gone, or never had it, has nothing to forget.
+        with contextlib.suppress(EngineError):
             await start.client.unload_adapter(digest)
 
 
-async def _load(start: EngineStart, digest: str, directory: Path) -> None:
+async def _load(start: EngineStart, digest: str, directory: Path, unloading: asyncio.Task[None] | None) -> None:
+    if unloading is not None:
+        await asyncio.wait([unloading])
     began = time.monotonic()
     await start.client.load_adapter(digest, str(directory))
     ADAPTER_LOAD_SECONDS.observe(time.monotonic() - began)
