@@ -1,0 +1,325 @@
+"""The registry: names point at versions, pointers move at once or not at all, and databases are brought up to date."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from loradock_adapters.errors import InvalidNameError, NotFoundError, RegistryError
+from loradock_adapters.gate import Verdict
+from loradock_adapters.manifest import FileEntry, Manifest
+from loradock_adapters.names import ModelRef
+from loradock_adapters.problems import Problem
+from loradock_adapters.registry import Counts, Details, Registry
+from loradock_adapters.registry_schema import metadata, open_database
+
+SHARED = Verdict("lora", "shared", (), 8)
+DEDICATED = Verdict("full", "dedicated", (Problem("full_weights", "complete weights", "here", "nothing"),), None)
+
+
+def manifest(seed: int = 0) -> Manifest:
+    return Manifest((FileEntry("adapter_config.json", seed, f"{seed:064x}"),))
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/registry.db"
+
+
+@pytest.fixture
+def registry(url: str) -> Iterator[Registry]:
+    registry = Registry(url)
+    yield registry
+    registry.close()
+
+
+def test_publish_first_version_is_current_and_whole(registry: Registry) -> None:
+    details = Details(chat_template="{{ x }}", stop_token_ids=(2, 5))
+    version = registry.publish("sql", manifest(7), DEDICATED, details)
+    assert (version.name, version.number, version.created, version.current) == ("sql", 1, True, True)
+    assert (version.kind, version.placement, version.reasons) == ("full", "dedicated", DEDICATED.reasons)
+    assert (version.digest, version.size_bytes) == (manifest(7).digest, 7)
+    assert (version.chat_template, version.stop_token_ids, version.rank) == ("{{ x }}", (2, 5), None)
+    assert datetime.now(UTC) - version.created_at < timedelta(seconds=30)
+    read = registry.resolve("sql")
+    assert (read.created, read.created_at) == (False, version.created_at)
+    assert read.created_at.tzinfo is UTC
+    assert registry.manifest(read) == manifest(7)
+
+
+def test_publish_other_bytes_count_up_and_move_the_pointer(registry: Registry) -> None:
+    numbers = [registry.publish("sql", manifest(seed), SHARED).number for seed in range(3)]
+    assert numbers == [1, 2, 3]
+    assert registry.resolve("sql").number == 3
+    assert [(v.number, v.current) for v in registry.versions("sql")] == [(3, True), (2, False), (1, False)]
+
+
+def test_publish_same_bytes_as_current_is_no_new_version(registry: Registry) -> None:
+    first = registry.publish("sql", manifest(), SHARED)
+    again = registry.publish("sql", manifest(), SHARED)
+    assert (again.number, again.created, again.digest) == (1, False, first.digest)
+    assert registry.counts() == Counts(names=1, versions=1, digests=1)
+
+
+def test_publish_same_bytes_as_an_older_version_is_a_new_one(registry: Registry) -> None:
+    for seed in (1, 2, 1):
+        version = registry.publish("sql", manifest(seed), SHARED)
+    assert (version.number, version.created) == (3, True)
+    assert registry.resolve(ModelRef("sql", digest=manifest(1).digest)).number == 3
+    assert registry.counts() == Counts(names=1, versions=3, digests=2)
+
+
+def test_publish_after_rollback_counts_on_from_the_last(registry: Registry) -> None:
+    for seed in (1, 2):
+        registry.publish("sql", manifest(seed), SHARED)
+    registry.set_current("sql", 1)
+    assert registry.publish("sql", manifest(3), SHARED).number == 3
+
+
+@pytest.mark.parametrize("name", ["base", "A", "../x", "", "x" * 97])
+def test_publish_bad_name_refused(registry: Registry, name: str) -> None:
+    with pytest.raises(InvalidNameError):
+        registry.publish(name, manifest(), SHARED)
+    assert registry.counts().names == 0
+
+
+def test_publish_rejected_checkpoint_never_stored(registry: Registry) -> None:
+    with pytest.raises(ValueError, match="rejected"):
+        registry.publish("sql", manifest(), Verdict("lora", "rejected", (), 8))
+    assert registry.models() == []
+
+
+def test_resolve_name_number_and_digest(registry: Registry) -> None:
+    for seed in (1, 2):
+        registry.publish("sql", manifest(seed), SHARED)
+    assert registry.resolve("sql").number == 2
+    assert registry.resolve("sql@1").digest == manifest(1).digest
+    assert registry.resolve(f"sql@{manifest(1).digest}").number == 1
+    assert registry.resolve(ModelRef("sql", version=1)).current is False
+
+
+@pytest.mark.parametrize("ref", ["other", "sql@3", "sql@sha256:" + "0" * 64, "base"])
+def test_resolve_what_is_not_there_not_found(registry: Registry, ref: str) -> None:
+    registry.publish("sql", manifest(), SHARED)
+    with pytest.raises(NotFoundError):
+        registry.resolve(ref)
+
+
+def test_resolve_another_names_digest_not_found(registry: Registry) -> None:
+    registry.publish("a", manifest(1), SHARED)
+    registry.publish("b", manifest(2), SHARED)
+    with pytest.raises(NotFoundError):
+        registry.resolve(f"a@{manifest(2).digest}")
+
+
+def test_models_current_versions_by_name(registry: Registry) -> None:
+    for name, seed in [("b", 1), ("a", 2), ("b", 3)]:
+        registry.publish(name, manifest(seed), SHARED)
+    assert [(version.name, version.number) for version in registry.models()] == [("a", 1), ("b", 2)]
+
+
+def test_set_current_moves_the_pointer_back(registry: Registry) -> None:
+    for seed in (1, 2):
+        registry.publish("sql", manifest(seed), SHARED)
+    version = registry.set_current("sql", 1)
+    assert (version.number, version.current) == (1, True)
+    assert registry.resolve("sql").number == 1
+    with pytest.raises(NotFoundError, match="version 9"):
+        registry.set_current("sql", 9)
+    assert registry.resolve("sql").number == 1
+
+
+def test_delete_name_is_gone_and_its_numbers_are_never_used_again(registry: Registry) -> None:
+    for seed in (1, 2):
+        registry.publish("sql", manifest(seed), SHARED)
+    assert [version.number for version in registry.delete("sql")] == [2, 1]
+    for gone in (registry.resolve, registry.versions, registry.delete):
+        with pytest.raises(NotFoundError):
+            gone("sql")
+    assert registry.digests() == set()
+    assert registry.publish("sql", manifest(1), SHARED).number == 3
+    with pytest.raises(NotFoundError):
+        registry.resolve("sql@1")
+
+
+def test_digests_are_those_of_all_versions(registry: Registry) -> None:
+    for name, seed in [("a", 1), ("b", 1), ("b", 2)]:
+        registry.publish(name, manifest(seed), SHARED)
+    assert registry.digests() == {manifest(1).digest, manifest(2).digest}
+
+
+def test_reopened_registry_has_everything(url: str) -> None:
+    first = Registry(url)
+    first.publish("sql", manifest(1), DEDICATED, Details("t", (1,)))
+    before = first.resolve("sql")
+    first.close()
+    second = Registry(url)
+    assert second.resolve("sql") == before
+    second.close()
+
+
+def test_threads_publishing_to_one_name_get_a_number_each(registry: Registry) -> None:
+    barrier = threading.Barrier(8)
+    numbers: list[int] = []
+
+    def publish(seed: int) -> None:
+        barrier.wait()
+        numbers.extend(registry.publish("sql", manifest(10 * seed + i), SHARED).number for i in range(5))
+
+    threads = [threading.Thread(target=publish, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 41))
+    assert registry.resolve("sql").number == 40
+
+
+def test_readers_see_the_old_or_the_new_version_while_pointers_move(registry: Registry) -> None:
+    registry.publish("sql", manifest(0), SHARED)
+    done = threading.Event()
+    seen: list[int] = []
+
+    def read() -> None:
+        while not done.is_set():
+            version = registry.resolve("sql")
+            assert version.current
+            assert version.digest == manifest(version.number - 1).digest
+            seen.append(version.number)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for seed in range(1, 30):
+        registry.publish("sql", manifest(seed), SHARED)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert seen
+    assert max(seen) <= 30
+
+
+_WRITER = """
+import sys
+from loradock_adapters.gate import Verdict
+from loradock_adapters.manifest import FileEntry, Manifest
+from loradock_adapters.registry import Registry
+sys.stdin.readline()
+registry = Registry(sys.argv[1])
+for i in range(int(sys.argv[3])):
+    file = FileEntry("a.json", i, f"{int(sys.argv[2]) * 1000 + i:064x}")
+    version = registry.publish("sql", Manifest((file,)), Verdict("lora", "shared", (), 8))
+    print(version.number, flush=True)
+"""
+
+
+def writers(url: str, count: int, versions: int) -> list[subprocess.Popen[str]]:
+    """Processes that all open the same registry at the same moment."""
+    command = [sys.executable, "-c", _WRITER, url]
+    processes = [
+        subprocess.Popen([*command, str(i), str(versions)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for i in range(1, count + 1)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return processes
+
+
+def test_processes_opening_a_fresh_database_at_once_all_succeed(url: str) -> None:
+    processes = writers(url, 4, 5)
+    printed = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4
+    assert sorted(int(number) for numbers in printed for number in numbers) == list(range(1, 21))
+    registry = Registry(url)
+    assert registry.counts() == Counts(names=1, versions=20, digests=20)
+    registry.close()
+
+
+def test_process_killed_while_publishing_leaves_a_whole_registry(url: str) -> None:
+    (process,) = writers(url, 1, 100_000)
+    assert process.stdout is not None
+    acknowledged = [int(process.stdout.readline()) for _ in range(20)]
+    process.kill()
+    acknowledged += [int(line) for line in process.stdout.read().split() if line]
+    process.wait()
+    process.stdout.close()
+    assert process.stdin is not None
+    process.stdin.close()
+    registry = Registry(url)
+    versions = registry.versions("sql")
+    assert [version.number for version in reversed(versions)] == list(range(1, len(versions) + 1))
+    assert len(versions) in (acknowledged[-1], acknowledged[-1] + 1)  # one may have been stored and not yet said
+    assert registry.resolve("sql").number == len(versions)
+    assert registry.publish("sql", manifest(99), SHARED).number == len(versions) + 1
+    registry.close()
+
+
+def test_fresh_database_has_the_schema_that_the_code_expects(url: str) -> None:
+    engine = open_database(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == "0001"
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+    engine.dispose()
+
+
+def test_database_of_a_newer_loradock_refused_and_untouched(url: str, tmp_path: Path) -> None:
+    Registry(url).close()
+    with sqlite3.connect(tmp_path / "registry.db") as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '9999'")
+    raw.close()
+    with pytest.raises(RegistryError, match="newer Loradock"):
+        Registry(url)
+
+
+def test_file_that_is_no_database_refused(url: str, tmp_path: Path) -> None:
+    (tmp_path / "registry.db").write_text("not a database at all, but long enough to be looked at")
+    with pytest.raises(RegistryError, match="cannot be opened"):
+        Registry(url)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_in_memory_database_refused(url: str) -> None:
+    with pytest.raises(RegistryError, match="needs a file"):
+        Registry(url)
+
+
+def test_half_migrated_database_is_impossible(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from alembic import op
+
+    def broken(*_arguments: object, **_settings: object) -> None:
+        raise sa.exc.OperationalError("CREATE INDEX", {}, Exception("disk full"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "create_index", broken)
+        with pytest.raises(RegistryError, match="disk full"):
+            Registry(url)
+    engine = sa.create_engine(url)
+    assert sa.inspect(engine).get_table_names() == []
+    engine.dispose()
+    Registry(url).close()
+
+
+def test_resolve_among_a_thousand_versions_stays_fast(registry: Registry) -> None:
+    for seed in range(1000):
+        registry.publish(f"m{seed % 250}", manifest(seed), SHARED)
+    times_s = []
+    for seed in range(200):
+        started_s = time.perf_counter()
+        registry.resolve(f"m{seed}")
+        times_s.append(time.perf_counter() - started_s)
+    assert sorted(times_s)[100] < 0.002  # 0.3 ms at rest; twice the goal leaves room for a busy machine
+    assert len(registry.models()) == 250
