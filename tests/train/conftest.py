@@ -1,14 +1,14 @@
 """Shared by the training tests: one tiny base for the whole session, and files of rows."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-WriteRows = Callable[[str, Iterable[Mapping[str, Any]]], Path]
+from loradock_testing.rows import WriteRows
 
 
 @pytest.fixture(scope="session", autouse=True)

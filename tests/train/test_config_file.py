@@ -1,8 +1,10 @@
-"""A config is read whole: every problem with its key, its line and the nearest known key; nothing guessed in silence."""
+"""A config is read whole: every problem with its key, its line and the nearest known key; nothing guessed in
+silence."""
 
 from pathlib import Path
 
 import pytest
+
 from loradock_adapters.errors import UsageError
 from loradock_train.config import LoraOptions, Section, TokenizerOptions, TrainConfig
 from loradock_train.config_file import load_config
@@ -123,7 +125,7 @@ def test_chat_template_file_is_read(tmp_path: Path) -> None:
 def test_config_is_frozen(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1
 
 
 @pytest.mark.parametrize("section", [TrainConfig, LoraOptions, TokenizerOptions])

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from loradock_testing.letters import BEGIN, END, Letters, ids
 from loradock_train.dataset import Collator, build_dataset
 from loradock_train.encode import IGNORED, Encoder
@@ -30,7 +31,7 @@ def build(rows: Rows, length: int, policy: Any = "error", packing: bool = False)
 
 def test_rows_that_fit_are_all_kept_and_counted() -> None:
     dataset, report = build(COMPLETIONS, 20)
-    assert [row["input_ids"].tolist() for row in dataset][0] == [BEGIN, *ids("abc"), END]
+    assert dataset[0]["input_ids"].tolist() == [BEGIN, *ids("abc"), END]
     assert (report.num_rows, report.num_examples, report.longest_tokens) == (3, 3, 14)
     assert (report.num_tokens, report.num_trained_tokens) == (5 + 14 + 4, 2 + 7 + 2)
     assert report.notices("train_path", 20) == []

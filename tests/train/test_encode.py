@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from loradock_testing.letters import BEGIN, CHATML, END, TURN_END, TURN_START, Letters, Merging, ids
 from loradock_train.encode import IGNORED, Encoder, Example, instruction_prompt, stop_token_ids
 from loradock_train.errors import DataError
@@ -19,7 +20,7 @@ def encode(row_format: Format, tokenizer: Letters | None = None, append_eos: boo
     return Encoder(tokenizer or Letters(), append_eos).encode(row(**values), row_format)
 
 
-# ---- completion -------------------------------------------------------------------------------------------------------
+# ---- completion ----------------------------------------------------------------------------------------------------
 
 
 def test_completion_learns_the_answer_and_the_end_only() -> None:
@@ -56,7 +57,7 @@ def test_completion_prompt_of_no_letters_still_has_its_begin_token() -> None:
     assert (example.input_ids, example.labels) == ([BEGIN, *ids("a"), END], [_, *ids("a"), END])
 
 
-# ---- instruction --------------------------------------------------------------------------------------------------------
+# ---- instruction ---------------------------------------------------------------------------------------------------
 
 
 def test_instruction_learns_the_output_after_the_template() -> None:
@@ -72,7 +73,8 @@ def test_instruction_default_is_the_alpaca_prompt() -> None:
     without = instruction_prompt("Sing.", "", None)
     assert with_input == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+        "response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
     )
     assert without == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -84,7 +86,7 @@ def test_braces_in_the_data_are_left_alone() -> None:
     assert instruction_prompt("{input} {x}", "{instruction}", "{instruction}|{input}|") == "{input} {x}|{instruction}|"
 
 
-# ---- chat -----------------------------------------------------------------------------------------------------------------
+# ---- chat ----------------------------------------------------------------------------------------------------------
 
 
 def chat(*messages: tuple[str, str], **more: Any) -> Row:
@@ -153,7 +155,7 @@ def test_chat_template_that_raises_names_the_row() -> None:
         Encoder(Letters(chat_template=template)).encode(chat(("user", "q"), ("assistant", "a")), "chat")
 
 
-# ---- raw text ---------------------------------------------------------------------------------------------------------------
+# ---- raw text ------------------------------------------------------------------------------------------------------
 
 
 def test_text_learns_everything_and_ends() -> None:
@@ -162,7 +164,7 @@ def test_text_learns_everything_and_ends() -> None:
     assert example.num_trained_tokens == 4, "nothing comes before the first token: it has no loss"
 
 
-# ---- prompts and stops --------------------------------------------------------------------------------------------------------
+# ---- prompts and stops ---------------------------------------------------------------------------------------------
 
 
 def test_prompt_ids_are_what_the_server_sees() -> None:

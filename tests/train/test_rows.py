@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from loradock_train.errors import DataError
 from loradock_train.rows import Format, read_rows
 

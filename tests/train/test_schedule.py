@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from loradock_train.config import TrainConfig
 from loradock_train.schedule import Length, learning_rate_factor, length_of
 

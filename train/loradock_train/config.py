@@ -44,13 +44,13 @@ class Section(BaseModel):
 class LoraOptions(Section):
     """The low-rank adapter. Its presence in the YAML makes the run a LoRA run. The fields are PEFT's `LoraConfig`'s."""
 
-    r: int = Field(8, ge=1, le=4096)
+    r: int = Field(default=8, ge=1, le=4096)
     """Rank: the inner size of the two low-rank matrices. Default 8, minimum 1. vLLM serves up to its max_lora_rank."""
 
-    lora_alpha: float = Field(16, gt=0)
+    lora_alpha: float = Field(default=16, gt=0)
     """The update is scaled by lora_alpha / r (or lora_alpha / sqrt(r) with use_rslora). Default 16."""
 
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs dropped during training, 0 up to 1. Default 0."""
 
     target_modules: Names | Literal["all-linear"] = "all-linear"
@@ -96,7 +96,7 @@ class TokenizerOptions(Section):
     path: str | None = None
     """Directory or hub id of an existing tokenizer. Default: none, one is trained."""
 
-    train_vocab_size: int | None = Field(None, ge=300)
+    train_vocab_size: int | None = Field(default=None, ge=300)
     """Entries of the byte-level BPE trained on the training data, special tokens included. Minimum 300."""
 
     @model_validator(mode="after")
@@ -142,7 +142,7 @@ class TrainConfig(Section):
     append_eos: bool = True
     """End each answer and document with the end-of-text token, so that the model learns to stop. Default true."""
 
-    context_length: int = Field(512, ge=8)
+    context_length: int = Field(default=512, ge=8)
     """Longest row, in tokens. Default 512, minimum 8."""
 
     on_long_rows: Literal["error", "truncate", "drop"] = "error"
@@ -153,25 +153,25 @@ class TrainConfig(Section):
     """Raw text only: join documents and cut them into rows of context_length tokens. Default: on for raw text."""
 
     # ---- how long -------------------------------------------------------------------------------------------------
-    num_epochs: float | None = Field(None, gt=0)
+    num_epochs: float | None = Field(default=None, gt=0)
     """Passes over the training data. Default 3, or no limit when max_steps or max_time_s is given. The first limit
     reached ends the run."""
 
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Most optimiser steps. Default no limit."""
 
-    max_time_s: float | None = Field(None, gt=0)
+    max_time_s: float | None = Field(default=None, gt=0)
     """Seconds of training, without loading and export; the learning-rate schedule follows the clock. Default no
     limit."""
 
     # ---- batches --------------------------------------------------------------------------------------------------
-    train_batch_size_per_device: int = Field(16, ge=1)
+    train_batch_size_per_device: int = Field(default=16, ge=1)
     """Rows a device takes at once. Default 16."""
 
-    eval_batch_size_per_device: int = Field(16, ge=1)
+    eval_batch_size_per_device: int = Field(default=16, ge=1)
     """Rows a device takes at once in validation. Default 16."""
 
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Batches whose gradients are added before a step. Default 1. N x batch 1 gives the same step as batch N."""
 
     gradient_checkpointing: bool = False
@@ -181,28 +181,28 @@ class TrainConfig(Section):
     """Put rows of like length in a batch, so that little is padded. Order stays random beyond that. Default true."""
 
     # ---- optimisation -----------------------------------------------------------------------------------------------
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate. Default 1e-4 for LoRA, 1e-5 for full-parameter, 1e-3 from scratch."""
 
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up. Default cosine, to zero."""
 
-    warmup_steps: float = Field(0, ge=0)
+    warmup_steps: float = Field(default=0, ge=0)
     """Steps over which the learning rate rises; below 1, a share of the whole run. Default 0."""
 
     optim: Literal[OPTIMISERS] = "adamw_torch_fused"  # type: ignore[valid-type]
     """Optimiser, by its transformers name. Default adamw_torch_fused. The 8-bit ones need bitsandbytes."""
 
-    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    adam_beta2: float = Field(default=0.999, gt=0, lt=1)
     """Decay of Adam's second moment. Default 0.999; 0.95 is usual from scratch."""
 
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only. Default 0."""
 
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this norm; 0 leaves them. Default 1."""
 
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(default=42, ge=0, lt=2**32)
     """Seed of initial weights, shuffling and dropout. Default 42."""
 
     # ---- precision --------------------------------------------------------------------------------------------------
@@ -222,13 +222,13 @@ class TrainConfig(Section):
     """Attention kernel. Default auto: what transformers picks."""
 
     # ---- reports ----------------------------------------------------------------------------------------------------
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
     """Steps between two lines of metrics.jsonl. Default 10."""
 
-    eval_steps: int | None = Field(None, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
     """Steps between two validations. Default: at the end of every epoch, and at the end of the run."""
 
-    num_probe_prompts: int = Field(4, ge=1, le=16)
+    num_probe_prompts: int = Field(default=4, ge=1, le=16)
     """Prompts on which the exported checkpoint is compared with the trained model. Default 4."""
 
     output_dir: str | None = None

@@ -4,6 +4,7 @@ Knows nothing of data, and does not train.
 """
 
 import difflib
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -146,7 +147,10 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
         if isinstance(values[name], tuple):
             values[name] = list(values[name]) or None
     try:
-        return cast(PeftModel, get_peft_model(model, LoraConfig(**values)))
+        with warnings.catch_warnings():
+            # PEFT warns while it sets it itself, as our documentation of the field promises.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+            return cast(PeftModel, get_peft_model(model, LoraConfig(**values)))
     except ValueError as error:
         raise ModelError(f"lora_config: PEFT refuses it: {error}") from error
 
