@@ -19,6 +19,8 @@ from loradock_serve.rewrite import Behaviour
 
 MAX_CACHED = 4096
 NEAR_NAMES = 3
+MAX_REF_CHARS = 200
+"""No name with a digest behind it is longer; what is longer is like none."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Resolved:
     version: Version | None
     """None: the base itself."""
     behaviour: Behaviour
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it runs on the base's engine as one of its adapters."""
+        return self.version is not None and self.version.placement == "shared"
 
     @property
     def engine_name(self) -> str:
@@ -77,6 +84,8 @@ class Catalog:
             raise ModelNotFoundError(model, self._near(model)) from None
 
     def _near(self, model: str) -> list[str]:
+        if len(model) > MAX_REF_CHARS:
+            return []
         names = [*self.base_names, *(version.name for version in self._registry.models())]
         return difflib.get_close_matches(model, names, n=NEAR_NAMES, cutoff=0.5)
 

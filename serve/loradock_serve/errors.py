@@ -67,7 +67,8 @@ class ModelNotFoundError(GatewayError):
 
     def __init__(self, name: str, near: Sequence[str] = ()) -> None:
         hint = f" Near names: {', '.join(near)}." if near else " `GET /v1/models` lists what is served."
-        super().__init__(f"The model {name!r} does not exist.{hint}")
+        shown = repr(name if len(name) <= 200 else name[:200] + "…")  # it may be any text of any length
+        super().__init__(f"The model {shown} does not exist.{hint}")
         self.near = tuple(near)
 
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,10 +55,18 @@ class _Dedicated:
     engine: Engine
     in_use: int = 0
     last_used_s: float = field(default_factory=time.monotonic)
+    forgotten: bool = False
+    """Its version is gone: it leaves with its last request."""
+    leaving: asyncio.Task[None] | None = None
+    """Set once it is being stopped; it is nobody's from then on, and keeps its room until it has ended."""
 
 
 class Fleet:
-    """See the top of the file. One owner of all engines; everything runs on one event loop."""
+    """See the top of the file. One owner of all engines.
+
+    Everything runs on one event loop, and no decision awaits between what it looks at and what it does: so there is
+    no lock. Whoever has to wait waits for `_changed`, and looks again.
+    """
 
     def __init__(
         self,
@@ -74,8 +83,11 @@ class Fleet:
         self._engine_config = engine_config
         self._config = dedicated_config
         self._dedicated: dict[str, _Dedicated] = {}
-        self._changed = asyncio.Condition()
+        self._changed = asyncio.Event()
         self._reaper: asyncio.Task[None] | None = None
+        self._shared_in_use: Counter[str] = Counter()
+        self._forgotten: set[str] = set()
+        self._unloads: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Start the base's engine, and looking after idle ones."""
@@ -86,7 +98,8 @@ class Fleet:
         """Stop every engine, side by side."""
         if self._reaper is not None:
             self._reaper.cancel()
-        await asyncio.gather(self.base.stop(), *(entry.engine.stop() for entry in self._dedicated.values()))
+        leaving = [self._send_away(digest) for digest in list(self._dedicated)]
+        await asyncio.gather(self.base.stop(), *leaving, *self._unloads)
 
     def dedicated_state(self, digest: str) -> str:
         """The state of a version's own engine, as `/v1/models` shows it."""
@@ -104,11 +117,45 @@ class Fleet:
             async with self._lease_dedicated(version, timeout_s) as target:
                 yield target
             return
-        start = await self.base.ensure_ready(self._engine_config.hold_s if timeout_s is None else timeout_s)
-        if version is not None:
+        hold_s = self._engine_config.hold_s if timeout_s is None else timeout_s
+        if version is None:
+            start = await self.base.ensure_ready(hold_s)
+            yield Target(start.client, BASE_NAME, self.base, start.number)
+            return
+        digest = version.digest
+        self._shared_in_use[digest] += 1
+        self._forgotten.discard(digest)
+        try:
+            start = await self._with_adapter(version, hold_s)
+            yield Target(start.client, digest, self.base, start.number)
+        finally:
+            self._shared_in_use[digest] -= 1
+            if not self._shared_in_use[digest]:
+                del self._shared_in_use[digest]
+                if digest in self._forgotten:
+                    self._unload(digest)
+
+    async def _with_adapter(self, version: Version, hold_s: float) -> EngineStart:
+        """The base's start, with the adapter loaded; an engine that goes away meanwhile is waited for again."""
+        deadline = time.monotonic() + hold_s
+        while True:
+            start = await self.base.ensure_ready(max(0.0, deadline - time.monotonic()))
             self.refuse_without_plugin(start)
-            await self.loader.ensure_loaded(start, version.digest, self._weights.adapter_dir(version))
-        yield Target(start.client, BASE_NAME if version is None else version.digest, self.base, start.number)
+            try:
+                await self.loader.ensure_loaded(start, version.digest, self._weights.adapter_dir(version))
+            except EngineUnavailableError:
+                if time.monotonic() >= deadline or await start.client.is_healthy() is not False:
+                    raise
+                self.base.suspect()
+            else:
+                return start
+
+    def lost(self, target: Target) -> None:
+        """The base's engine does not know the adapter that a request was to run on: look who it is, load it again."""
+        current = self.base.current
+        if current is not None and target.engine is self.base and target.start_number == current.number:
+            self.loader.lost(current, target.engine_model)
+            self.base.suspect()
 
     def refuse_without_plugin(self, start: EngineStart) -> None:
         """ConflictError where an attached engine would answer with wrong weights, or cannot load adapters."""
@@ -125,8 +172,9 @@ class Fleet:
             raise ConflictError(
                 f"{version.name!r} needs an engine of its own, and `dedicated.max_engines` is 0 on this server"
             )
-        deadline = time.monotonic() + (self._config.start_timeout_s if timeout_s is None else timeout_s)
-        directory = await self._weights.full_weights_dir(version)
+        timeout_s = self._config.start_timeout_s if timeout_s is None else timeout_s
+        deadline = time.monotonic() + timeout_s
+        directory = await self._full_weights(version, timeout_s)
         entry = await self._enter(version, directory, deadline)
         try:
             start = await entry.engine.ensure_ready(max(0.0, deadline - time.monotonic()))
@@ -134,30 +182,35 @@ class Fleet:
         finally:
             entry.in_use -= 1
             entry.last_used_s = time.monotonic()
-            async with self._changed:
-                self._changed.notify_all()
+            if entry.forgotten and not entry.in_use:
+                self._send_away(version.digest)
+            self._tell_waiters()
+
+    async def _full_weights(self, version: Version, timeout_s: float) -> Path:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._weights.full_weights_dir(version)
+        except TimeoutError:
+            raise EngineUnavailableError(
+                f"{version.name!r} is still being merged into the base after {timeout_s:.0f} s", retry_after_s=10
+            ) from None
 
     async def _enter(self, version: Version, directory: Path, deadline: float) -> _Dedicated:
         """The version's entry, made if need be, already counted as in use."""
-        if (running := self._dedicated.get(version.digest)) is not None:
-            running.in_use += 1  # no await since the look: nothing can have stopped it
-            return running
-        async with self._changed:
-            while True:
-                entry = self._dedicated.get(version.digest)
-                if entry is not None:
-                    break
+        while True:
+            entry = self._dedicated.get(version.digest)
+            if entry is None:
                 room, victim = fleet_policy.make_room(self._views(), self._config.max_engines)
-                if room and victim is not None:
-                    await self._stop_one(victim)
-                elif room:
+                if room and victim is None:
                     engine = self._make_dedicated(version.digest, version.name, directory)
                     entry = self._dedicated[version.digest] = _Dedicated(engine)
-                    break
-                else:
-                    await self._wait_for_room(version, deadline)
-            entry.in_use += 1
-            return entry
+                elif victim is not None:
+                    self._send_away(victim)
+            if entry is not None and entry.leaving is None:
+                entry.in_use += 1
+                entry.forgotten = False
+                return entry
+            await self._wait_for_room(version, deadline)
 
     async def _wait_for_room(self, version: Version, deadline: float) -> None:
         try:
@@ -170,32 +223,57 @@ class Fleet:
                 retry_after_s=10,
             ) from None
 
-    async def _stop_one(self, digest: str) -> None:
-        """Stop an idle engine; nobody can lease it meanwhile, because its entry is gone first."""
-        entry = self._dedicated.pop(digest)
-        log.info("stopping the engine of %s", entry.engine.plan.label)
-        await entry.engine.stop()
+    def _tell_waiters(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()  # who comes from now on waits for the next change
+
+    def _send_away(self, digest: str) -> asyncio.Task[None]:
+        """Begin to stop an engine; nobody can lease it any more."""
+        entry = self._dedicated[digest]
+        if entry.leaving is None:
+            log.info("stopping the engine of %s", entry.engine.plan.label)
+            entry.leaving = asyncio.create_task(self._leave(digest, entry.engine))
+        return entry.leaving
+
+    async def _leave(self, digest: str, engine: Engine) -> None:
+        await engine.stop()
+        del self._dedicated[digest]
+        self._tell_waiters()
 
     async def forget(self, digest: str) -> None:
-        """A version is gone: free what its engine holds. Requests that still run on a dedicated engine finish first."""
+        """A version is gone: free what engines hold of it, as soon as the requests that still run on it are done."""
+        if self._shared_in_use[digest]:
+            self._forgotten.add(digest)
+        else:
+            self._unload(digest)
+        entry = self._dedicated.get(digest)
+        if entry is not None:
+            entry.forgotten = True
+            if not entry.in_use:
+                await self._send_away(digest)
+
+    def _unload(self, digest: str) -> None:
+        self._forgotten.discard(digest)
         current = self.base.current
         if current is not None:
-            await self.loader.unload(current, digest)
-        async with self._changed:
-            entry = self._dedicated.get(digest)
-            if entry is not None and not entry.in_use:
-                await self._stop_one(digest)
+            task = asyncio.create_task(self.loader.unload(current, digest))
+            self._unloads.add(task)
+            task.add_done_callback(self._unloads.discard)
 
     def _views(self) -> list[fleet_policy.EngineView]:
         return [
-            fleet_policy.EngineView(digest, entry.in_use, entry.last_used_s)
+            fleet_policy.EngineView(
+                digest,
+                entry.in_use,
+                entry.last_used_s,
+                runs=entry.engine.runs,
+                leaving=entry.leaving is not None,
+            )
             for digest, entry in self._dedicated.items()
         ]
 
     async def _reap(self) -> None:
         while True:
             await asyncio.sleep(REAP_EVERY_S)
-            async with self._changed:
-                for digest in fleet_policy.idle_too_long(self._views(), time.monotonic(), self._config.idle_timeout_s):
-                    await self._stop_one(digest)
-                    self._changed.notify_all()
+            for digest in fleet_policy.idle_too_long(self._views(), time.monotonic(), self._config.idle_timeout_s):
+                self._send_away(digest)

@@ -29,6 +29,7 @@ from loradock_serve.errors import (
     TooLargeError,
 )
 from loradock_serve.fleet import Fleet, Target
+from loradock_serve.http_errors import status_of
 from loradock_serve.reply import Reply
 from loradock_serve.sse import Usage
 
@@ -37,6 +38,10 @@ log = logging.getLogger("loradock.requests")
 HOLD_COMMENT_EVERY_S = 5.0
 MAX_ERROR_BYTES = 64 * 1024
 FORWARDED = (b"x-request-id", b"traceparent", b"tracestate")
+MAX_REQUEST_ID_CHARS = 128
+MAX_NAME_CHARS = 200
+CLIENT_GONE = 499
+"""What logs and metrics call a request whose client hung up (nginx's number for it)."""
 ENGINE_GONE = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
 
 
@@ -52,22 +57,34 @@ class OpenAIProxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         began = time.monotonic()
-        request_id = _header(scope, b"x-request-id") or f"req-{uuid.uuid4().hex}"
-        reply = Reply(scope, receive, send, request_id)
+        reply = Reply(send, _request_id(scope))
+        status = 500  # what stays if something happens that nobody thought of
         metrics.IN_FLIGHT.inc()
         try:
-            body = await read_body(receive, self._max_body_bytes, _header(scope, b"content-length"))
+            body = await self._body(scope, receive)
             await self._until_hang_up(scope, receive, reply, body)
+            status = reply.status
         except LoradockError as error:
             await reply.fail(error)
+            status = status_of(error)
         except ClientGoneError:
-            reply.status = 499
+            status = CLIENT_GONE
         finally:
             metrics.IN_FLIGHT.dec()
             seconds = time.monotonic() - began
-            metrics.REQUESTS.labels(scope["path"], reply.status).inc()
+            metrics.REQUESTS.labels(scope["path"], status).inc()
             metrics.REQUEST_SECONDS.labels(scope["path"]).observe(seconds)
-            log.info("%s %s %s %.3fs %s", scope["path"], reply.model or "-", reply.status, seconds, request_id)
+            log.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), status, seconds, reply.request_id)
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await read_body(receive, self._max_body_bytes, _header(scope, b"content-length"))
+        except TimeoutError:
+            raise self._too_long() from None
+
+    def _too_long(self) -> DeadlineError:
+        return DeadlineError(f"The request was cut off after {self._timeout_s:g} s (`request_timeout_s`)")
 
     async def _until_hang_up(self, scope: Scope, receive: Receive, reply: Reply, body: bytes) -> None:
         """Answer the request; drop it, and with it the engine's work, the moment the client is gone or time is up."""
@@ -75,11 +92,12 @@ class OpenAIProxy:
         gone = asyncio.create_task(_hang_up(receive))
         try:
             done, _ = await asyncio.wait({work, gone}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if work in done:
-                return work.result()
-            if gone in done:
+            if work in done or reply.ended:  # a complete answer also shows as the end of the connection
+                await work
+            elif gone in done:
                 raise ClientGoneError
-            raise DeadlineError(f"The request was cut off after {self._timeout_s:.0f} s (`request_timeout_s`)")
+            else:
+                raise self._too_long()
         finally:
             for task in (work, gone):
                 task.cancel()
@@ -92,34 +110,57 @@ class OpenAIProxy:
         resolved = self._catalog.resolve(reply.model)
         reply.version = resolved.version
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour)
+        if not await self._attempt(scope, reply, resolved, out):
+            # The engine did not know the adapter: something else restarted it, or a removal overtook this request.
+            await self._attempt(scope, reply, resolved, out, last=True)
+
+    async def _attempt(
+        self, scope: Scope, reply: Reply, resolved: Resolved, out: rewrite.Outgoing, *, last: bool = False
+    ) -> bool:
+        """False where the engine does not know the adapter, and nothing has been answered."""
+        path = scope["path"]
         async with contextlib.AsyncExitStack() as stack:
             async with _comments(reply, out.streams, resolved):
                 target = await stack.enter_async_context(self._fleet.lease(resolved.version))
             with _engine_may_die(target, resolved):
                 answer = await target.client.post(path, out.body, _engine_headers(scope, reply.request_id))
                 stack.callback(answer.close)  # an answer that is not read to its end: the engine aborts the request
+                if answer.status == 404 and resolved.is_adapter and not last:
+                    self._fleet.lost(target)
+                    return False
                 if answer.status != 200:
-                    await self._pass_error(answer, target, out, reply, path)
+                    await _pass_error(answer, target, out, reply, path)
                 elif answer.content_type == "text/event-stream":
                     await _stream(answer, target, out, reply)
                 else:
                     await _whole(answer, out, reply)
-
-    async def _pass_error(
-        self, answer: aiohttp.ClientResponse, target: Target, out: rewrite.Outgoing, reply: Reply, path: str
-    ) -> None:
-        text = await answer.content.read(MAX_ERROR_BYTES)
-        if answer.status >= 500 and not await target.client.is_healthy():
-            target.engine.suspect()
-            raise EngineUnavailableError(f"The engine of {out.public_name!r} died; it is being restarted")
-        error = rewrite.engine_error(text, out)
-        if answer.status in (404, 405) and error["message"] in ("Not Found", "Method Not Allowed"):
-            raise EngineRouteError(f"The engine of {out.public_name!r} has no {path}: its model does another task")
-        await reply.fail_with(answer.status, error)
+        return True
 
 
 class ClientGoneError(Exception):
     """The client hung up; there is nobody to answer."""
+
+
+async def _pass_error(
+    answer: aiohttp.ClientResponse, target: Target, out: rewrite.Outgoing, reply: Reply, path: str
+) -> None:
+    text = await _read_up_to(answer, MAX_ERROR_BYTES)
+    if answer.status >= 500 and await target.client.is_healthy() is False:
+        target.engine.suspect()
+        raise EngineUnavailableError(f"The engine of {out.public_name!r} died; it is being restarted")
+    error = rewrite.engine_error(text, out)
+    if answer.status in (404, 405) and error["message"] in ("Not Found", "Method Not Allowed"):
+        raise EngineRouteError(f"The engine of {out.public_name!r} has no {path}: its model does another task")
+    if not 400 <= answer.status < 600:
+        raise EngineError(f"The engine of {out.public_name!r} answered with status {answer.status}")
+    await reply.fail_with(answer.status, error)
+
+
+async def _read_up_to(answer: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < limit_bytes and (chunk := await answer.content.read(limit_bytes - len(parts))):
+        parts += chunk
+    return bytes(parts)
 
 
 @contextlib.contextmanager
@@ -169,7 +210,7 @@ async def _stream(answer: aiohttp.ClientResponse, target: Target, out: rewrite.O
         _meter(out, rewriter.usage)
     if rewriter.error is not None:
         target.engine.suspect()
-        await reply.fail_with(500, rewriter.error | {"source": "engine"})
+        await reply.fail_with(500, rewrite.public_error(rewriter.error, out))
     elif not rewriter.ended_well:
         target.engine.suspect()
         raise EngineError("The engine ended the stream before it was complete")
@@ -212,6 +253,20 @@ async def read_body(receive: Receive, limit_bytes: int, announced: str) -> bytes
 async def _hang_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own, where it is one that headers and logs can carry; else a new one."""
+    own = _header(scope, b"x-request-id")
+    usable = 0 < len(own) <= MAX_REQUEST_ID_CHARS and own.isascii() and own.isprintable()
+    return own if usable else f"req-{uuid.uuid4().hex}"
+
+
+def _shown(model: str | None) -> str:
+    """What a request called its model, fit for one line of a log: it may be any text of any length."""
+    if model is None:
+        return "-"
+    return model if len(model) <= MAX_NAME_CHARS and model.isprintable() else ascii(model[:MAX_NAME_CHARS])
 
 
 def _header(scope: Scope, name: bytes) -> str:

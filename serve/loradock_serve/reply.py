@@ -4,7 +4,7 @@ states."""
 import json
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import Send
 
 from loradock_adapters.errors import LoradockError
 from loradock_adapters.registry import Version
@@ -17,13 +17,14 @@ Headers = list[tuple[bytes, bytes]]
 class Reply:
     """Writes one ASGI response. Once bytes are out the status cannot change: errors become the stream's last event."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str) -> None:
         self.request_id = request_id
         self.model: str | None = None
         self.version: Version | None = None
         self.status = 0
         self._send = send
-        self._ended = False
+        self.ended = False
+        """Whether the last byte has been handed on."""
 
     async def start_stream(self) -> None:
         """Send the head of an event stream, unless a comment did already."""
@@ -42,8 +43,8 @@ class Reply:
 
     async def end(self) -> None:
         """The end of a stream."""
-        if not self._ended:
-            self._ended = True
+        if not self.ended:
+            self.ended = True
             await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def whole(self, body: bytes, content_type: str, status: int = 200, headers: Headers | None = None) -> None:
@@ -55,7 +56,7 @@ class Reply:
         await self._start(
             status, content_type.encode(), [*(headers or []), (b"content-length", str(len(body)).encode())]
         )
-        self._ended = True
+        self.ended = True
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
     async def fail(self, error: LoradockError) -> None:
@@ -65,7 +66,7 @@ class Reply:
 
     async def fail_with(self, status: int, error: dict[str, Any], headers: Headers | None = None) -> None:
         """An error as OpenAI's JSON; in a stream that has begun, its last event (and no `[DONE]` after it)."""
-        if self._ended:
+        if self.ended:
             return
         if self.status != 0:
             await self.write(sse.error_event(error))

@@ -75,11 +75,7 @@ def outgoing(
     path: str, payload: Mapping[str, Any], engine_name: str, public_name: str, behaviour: Behaviour
 ) -> Outgoing:
     """The request as the engine is to get it. Raises BadRequestError for what clients may not set."""
-    if payload.get("chat_template") is not None:
-        raise BadRequestError(
-            "A request cannot bring its own chat template on this server: push it with the adapter",
-            param="chat_template",
-        )
+    _refuse_chat_template(payload)
     sent = dict(payload) | {"model": engine_name}
     streams = payload.get("stream") is True
     hide_usage = streams and path in (CHAT, COMPLETIONS) and not _asks_for_usage(payload)
@@ -97,6 +93,19 @@ def outgoing(
     if path in (CHAT, COMPLETIONS) and behaviour.stop_token_ids and payload.get("stop_token_ids") is None:
         sent["stop_token_ids"] = list(behaviour.stop_token_ids)
     return Outgoing(json.dumps(sent).encode(), streams, hide_usage, engine_name, public_name)
+
+
+def _refuse_chat_template(payload: Mapping[str, Any]) -> None:
+    """The engine trusts templates, for the adapters' sake; it takes one from either of two places."""
+    extra = payload.get("chat_template_kwargs")
+    for param, template in (
+        ("chat_template", payload.get("chat_template")),
+        ("chat_template_kwargs", extra.get("chat_template") if isinstance(extra, dict) else None),
+    ):
+        if template is not None:
+            raise BadRequestError(
+                "A request cannot bring its own chat template on this server: push it with the adapter", param=param
+            )
 
 
 def _options(payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,10 +140,16 @@ def engine_error(answer: bytes, out: Outgoing) -> dict[str, Any]:
         data = json.loads(answer)
     except ValueError:
         data = {"message": answer.decode(errors="replace")[:2000]}
-    error = data.get("error", data) if isinstance(data, dict) else {"message": str(data)}
+    return public_error(data.get("error", data) if isinstance(data, dict) else data, out)
+
+
+def public_error(error: Any, out: Outgoing) -> dict[str, Any]:
+    """An engine's error object, or whatever stands in its place, as the client is to see it."""
     if not isinstance(error, dict):
         error = {"message": str(error)}
-    message = str(error.get("message", error.get("detail", error))).replace(out.engine_name, out.public_name)
+    message = str(error.get("message", error.get("detail", error)))
+    if out.engine_name.startswith("sha256:"):  # "base" is a word that a message may well hold
+        message = message.replace(out.engine_name, out.public_name)
     return {
         "message": message,
         "type": error.get("type", "engine_error"),

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-DONE = b"data: [DONE]"
+DONE = b"[DONE]"
 END = b"\n\n"
 
 
@@ -57,12 +57,16 @@ class StreamRewriter:
         if self.error is not None:
             return b""
         data = self._pending + chunk if self._pending else chunk
+        if b"\r" in data:
+            data, held = _with_plain_line_ends(data)
+        else:
+            held = b""
         cut = data.rfind(END)
         if cut < 0:
-            self._pending = data
+            self._pending = data + held
             return b""
         cut += len(END)
-        self._pending = data[cut:]
+        self._pending = data[cut:] + held
         return self._rewrite(data[:cut])
 
     def _rewrite(self, block: bytes) -> bytes:
@@ -77,18 +81,20 @@ class StreamRewriter:
         """One event as it is to be sent; None to leave it out."""
         if self.error is not None:
             return None
-        if event == DONE:
+        if event.endswith(DONE) and event.strip().removeprefix(b"data:").strip() == DONE:
             self.done = True
             return event
         name, data = _parts(event)
         if data is None:
             return event
         if _is_error(name, data):
-            self.error = data.get("error", data)
+            error = data.get("error", data)
+            self.error = error if isinstance(error, dict) else {"message": str(error)}
             return None
         if name in (b"response.completed", b"response.incomplete", b"response.failed"):
             self.done = True
-            self.usage.take(data.get("response", {}).get("usage"))
+            response = data.get("response")
+            self.usage.take(response.get("usage") if isinstance(response, dict) else None)
             return event
         if "usage" in data:
             return self._with_usage(event, data)
@@ -102,6 +108,16 @@ class StreamRewriter:
             return None
         rest = {key: value for key, value in data.items() if key != "usage"}
         return b"data: " + json.dumps(rest, separators=(",", ":")).encode()
+
+
+def _with_plain_line_ends(data: bytes) -> tuple[bytes, bytes]:
+    """`\\n` for the two other line ends that the format allows, and a `\\r` at the end that may be half of one.
+
+    In JSON a carriage return is always escaped, so every bare one ends a line.
+    """
+    held = b"\r" if data.endswith(b"\r") else b""
+    data = data[: len(data) - len(held)]
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n"), held
 
 
 def _parts(event: bytes) -> tuple[bytes, dict[str, Any] | None]:

@@ -73,7 +73,3 @@ class StoredWeights:
             raise EngineStartError(f"{version.name!r} cannot be merged into the base:\n{tail}")
         partial.replace(target)
         return target
-
-    def discard(self, digest: str) -> None:
-        """Delete a merge that nothing serves any more."""
-        shutil.rmtree(self._root / digest.removeprefix("sha256:"), ignore_errors=True)
