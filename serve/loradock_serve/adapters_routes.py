@@ -15,7 +15,7 @@ from loradock_adapters.names import check_name
 from loradock_adapters.registry import Registry, Version
 from loradock_adapters.store import LocalStore
 from loradock_serve.catalog import reasons_json
-from loradock_serve.errors import BadRequestError, TooLargeError
+from loradock_serve.errors import BadRequestError, LengthRequiredError, TooLargeError
 from loradock_serve.metrics import UPLOADED_BYTES
 from loradock_serve.publish import Publisher
 from loradock_serve.states import States
@@ -125,7 +125,7 @@ def _announced_size(request: Request, limit_bytes: int) -> int:
     """The body's size from its header, checked before a byte is read."""
     text = request.headers.get("content-length", "")
     if not text.isdigit():
-        raise BadRequestError("An upload needs a Content-Length header", code="length_required")
+        raise LengthRequiredError("An upload needs a Content-Length header")
     if int(text) > limit_bytes:
         raise TooLargeError(f"A file of {text} bytes is over this server's limit of {limit_bytes} (`max_upload_bytes`)")
     return int(text)

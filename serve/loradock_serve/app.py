@@ -11,14 +11,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import FastAPI, Request
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from loradock_adapters.engine_rules import EngineLimits, architecture_rules
-from loradock_adapters.errors import LoradockError
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
 from loradock_serve import rewrite, sizing
@@ -29,9 +26,8 @@ from loradock_serve.catalog import Catalog
 from loradock_serve.config import ServeConfig
 from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
 from loradock_serve.engine_command import Machine, base_command, dedicated_command, this_machine
-from loradock_serve.errors import BadRequestError
 from loradock_serve.fleet import Fleet
-from loradock_serve.http_errors import error_response
+from loradock_serve.http_errors import add_handlers
 from loradock_serve.models_routes import models_router
 from loradock_serve.ops_routes import ops_router
 from loradock_serve.proxy import OpenAIProxy
@@ -174,17 +170,5 @@ def _application(
     app.include_router(adapters_router(store, registry, publisher, states, max_upload_bytes=config.max_upload_bytes))
     app.include_router(ops_router(fleet))
 
-    @app.exception_handler(LoradockError)
-    async def explained(_request: Request, error: Exception) -> Response:
-        assert isinstance(error, LoradockError)
-        return error_response(error)
-
-    @app.exception_handler(HTTPException)
-    async def no_such_route(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        response = error_response(BadRequestError(message, code="unknown_route"))
-        response.status_code = error.status_code
-        return response
-
+    add_handlers(app)
     return app

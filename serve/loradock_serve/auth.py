@@ -33,15 +33,7 @@ class Doorkeeper:
 
     def _refusal(self, scope: Scope) -> GatewayError | None:
         if self._key is None:
-            # A web page can make a browser send requests to this machine; only its own names may stand in Host.
-            return (
-                None
-                if _names_this_machine(_header(scope["headers"], b"host"))
-                else ForbiddenError(
-                    "Without an admin key only this machine is served, under its loopback names: "
-                    "set LORADOCK_ADMIN_KEY on the server"
-                )
-            )
+            return self._refusal_of_strangers(scope)
         scheme, _, token = _header(scope["headers"], b"authorization").partition(b" ")
         if not token:
             return UnauthorizedError(
@@ -50,6 +42,18 @@ class Doorkeeper:
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
             return UnauthorizedError("The API key is not one of this server's")
         return None
+
+    def _refusal_of_strangers(self, scope: Scope) -> GatewayError | None:
+        # A web page can make a browser send requests to this machine: under a name of its own that leads here, which
+        # shows in Host, or plainly across origins, which shows in Origin.
+        origin = _header(scope["headers"], b"origin")
+        from_here = not origin or _names_this_machine(origin.partition(b"://")[2] or b"null")
+        if from_here and _names_this_machine(_header(scope["headers"], b"host")):
+            return None
+        return ForbiddenError(
+            "Without an admin key only this machine is served, under its loopback names: "
+            "set LORADOCK_ADMIN_KEY on the server"
+        )
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:

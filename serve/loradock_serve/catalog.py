@@ -51,6 +51,7 @@ class Catalog:
         self._registry = registry
         self._base = base_behaviour
         self._cache: dict[str, Resolved] = {}
+        self._misses: dict[str, list[str]] = {}
         self._created = int(time.time())
 
     @property
@@ -61,6 +62,7 @@ class Catalog:
     def changed(self) -> None:
         """A name points elsewhere now."""
         self._cache.clear()
+        self._misses.clear()
 
     def resolve(self, model: str) -> Resolved:
         """The version behind `model`; ModelNotFoundError with near names where there is none."""
@@ -86,8 +88,14 @@ class Catalog:
     def _near(self, model: str) -> list[str]:
         if len(model) > MAX_REF_CHARS:
             return []
-        names = [*self.base_names, *(version.name for version in self._registry.models())]
-        return difflib.get_close_matches(model, names, n=NEAR_NAMES, cutoff=0.5)
+        near = self._misses.get(model)
+        if near is None:  # among thousands of names this takes a tenth of a second, and clients repeat their mistakes
+            names = [*self.base_names, *(version.name for version in self._registry.models())]
+            near = difflib.get_close_matches(model, names, n=NEAR_NAMES, cutoff=0.5)
+            if len(self._misses) >= MAX_CACHED:
+                self._misses.clear()
+            self._misses[model] = near
+        return near
 
     def _behaviour(self, version: Version) -> Behaviour:
         if version.placement == "dedicated":

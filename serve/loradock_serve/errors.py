@@ -9,7 +9,9 @@ LoradockError
     ├── ForbiddenError            the key, or the way in, does not allow this
     ├── ModelNotFoundError        no such model; carries near names
     ├── ConflictError             the request contradicts what is stored, or how this server is set up
+    ├── LengthRequiredError       an upload that does not say how long it is
     ├── TooLargeError             a body is over its limit
+    ├── StorageFullError          there is no room on the disk for what was sent
     ├── DeadlineError             the request ran longer than the server lets requests run
     └── EngineError
         ├── EngineUnavailableError    not up within the deadline; carries Retry-After
@@ -76,6 +78,18 @@ class ConflictError(GatewayError):
     """What is asked contradicts what is stored."""
 
     code = "conflict"
+
+
+class LengthRequiredError(GatewayError):
+    """An upload without a Content-Length header."""
+
+    code = "length_required"
+
+
+class StorageFullError(GatewayError):
+    """The disk, or this user's share of it, is full."""
+
+    code = "storage_full"
 
 
 class TooLargeError(GatewayError):

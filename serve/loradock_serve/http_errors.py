@@ -3,15 +3,24 @@
 {"error": {"message", "type", "param", "code", "source": "gateway" | "engine", …}}
 """
 
+import errno
 import json
+import logging
+import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
+import sqlalchemy as sa
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from loradock_adapters import errors as adapters
 from loradock_adapters.errors import LoradockError
 from loradock_serve import errors as serve
+
+log = logging.getLogger("loradock.gateway")
 
 STATUS: Mapping[type[Exception], int] = {
     serve.BadRequestError: 400,
@@ -19,8 +28,10 @@ STATUS: Mapping[type[Exception], int] = {
     serve.ForbiddenError: 403,
     serve.ModelNotFoundError: 404,
     serve.ConflictError: 409,
+    serve.LengthRequiredError: 411,
     serve.TooLargeError: 413,
     serve.DeadlineError: 504,
+    serve.StorageFullError: 507,
     serve.EngineRouteError: 404,
     serve.EngineRefusedError: 422,
     serve.EngineUnavailableError: 503,
@@ -38,10 +49,12 @@ TYPE: Mapping[int, str] = {
     403: "permission_error",
     404: "not_found_error",
     409: "conflict_error",
+    411: "invalid_request_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+    507: "storage_error",
 }
 
 
@@ -77,6 +90,57 @@ def headers_of(error: LoradockError) -> dict[str, str]:
         # The OpenAI client retries every 409 by itself; these stay what they are.
         return {"x-should-retry": "false"}
     return {}
+
+
+def explained(error: Exception) -> LoradockError | None:
+    """What an error that the gateway did not raise itself means for a client; None where only the log can say."""
+    if isinstance(error, sa.exc.OperationalError):
+        cause = error.orig
+        full = isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode == sqlite3.SQLITE_FULL
+    else:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full:
+        return None
+    return serve.StorageFullError(
+        "The server's disk is full: nothing was stored. Free some room under its `data_dir`, then send this again"
+    )
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have every error of the application's routes leave it in OpenAI's shape."""
+
+    async def ours(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, LoradockError)
+        return error_response(error)
+
+    async def of_the_framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        response = error_response(serve.BadRequestError(message, code="unknown_route"))
+        response.status_code = error.status_code
+        response.headers.update(error.headers or {})
+        return response
+
+    async def hung_up(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    async def perhaps_full(_request: Request, error: Exception) -> Response:
+        if (explanation := explained(error)) is None:
+            raise error
+        log.error("%s: %s", type(error).__name__, error)
+        return error_response(explanation)
+
+    async def unforeseen(_request: Request, _error: Exception) -> Response:
+        # Starlette raises it once more behind this answer, so that the server logs its traceback.
+        message = "Something went wrong inside the gateway; its log has the details"
+        return error_response(serve.GatewayError(message))
+
+    app.add_exception_handler(LoradockError, ours)
+    app.add_exception_handler(HTTPException, of_the_framework)
+    app.add_exception_handler(ClientDisconnect, hung_up)
+    app.add_exception_handler(OSError, perhaps_full)
+    app.add_exception_handler(sa.exc.OperationalError, perhaps_full)
+    app.add_exception_handler(Exception, unforeseen)
 
 
 def error_response(error: LoradockError) -> Response:

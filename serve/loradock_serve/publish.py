@@ -5,8 +5,10 @@ publish of a name at a time. Knows nothing of HTTP requests.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,26 @@ class Published:
         }
 
 
+class Turns:
+    """One at a time for each key; a key is kept only while somebody is at it or waits."""
+
+    def __init__(self) -> None:
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._takers: Counter[str] = Counter()
+
+    @contextlib.asynccontextmanager
+    async def of(self, key: str) -> AsyncIterator[None]:
+        """This key's turn."""
+        self._takers[key] += 1
+        try:
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                yield
+        finally:
+            self._takers[key] -= 1
+            if not self._takers[key]:
+                del self._takers[key], self._locks[key]
+
+
 class Publisher:
     """See the top of the file."""
 
@@ -70,7 +92,7 @@ class Publisher:
         self._fleet = fleet
         self._base = base
         self._limits = limits
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._turns = Turns()
 
     async def publish(self, name: str, document: Mapping[str, Any]) -> Published:
         """Publish the manifest in `document` as the next version of `name`.
@@ -81,16 +103,12 @@ class Publisher:
         check_name(name)
         self._catalog.check_free(name)
         manifest = Manifest.from_json({"files": document.get("files")})
-        lock = self._locks.setdefault(name, asyncio.Lock())
-        try:
-            async with lock:
-                return await self._publish(name, manifest)
-        finally:
-            if not lock.locked():
-                self._locks.pop(name, None)
+        # A name's versions in the order of their arrival; and nobody discards a directory that another one judges.
+        async with self._turns.of(name), self._turns.of(manifest.digest):
+            return await self._publish(name, manifest)
 
     async def _publish(self, name: str, manifest: Manifest) -> Published:
-        known = self._store.has_version(manifest.digest)
+        version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
             checkpoint, verdict = await asyncio.to_thread(self._judge, directory)
@@ -98,13 +116,19 @@ class Publisher:
             version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, Details.of(checkpoint))
         except RefusedError:
             PUBLISHES.labels("rejected").inc()
-            if not known:
-                await asyncio.to_thread(self._store.discard_version, manifest.digest)
             raise
+        finally:
+            if version is None:
+                await self._forget_unless_used(manifest.digest)
         self._catalog.changed()
         PUBLISHES.labels(version.placement).inc()
         log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)
         return Published(version, proven)
+
+    async def _forget_unless_used(self, digest: str) -> None:
+        if digest not in await asyncio.to_thread(self._registry.digests):
+            await self._fleet.forget(digest)
+            await asyncio.to_thread(self._store.discard_version, digest)
 
     def _judge(self, directory: Path) -> tuple[Checkpoint, Verdict]:
         checkpoint = read_checkpoint(directory)
@@ -135,15 +159,18 @@ class Publisher:
 
     async def remove(self, name: str) -> None:
         """Forget a name and all its versions; engines let go of what no other name uses. NotFoundError."""
-        removed = await asyncio.to_thread(self._registry.delete, name)
-        self._catalog.changed()
-        for digest in {version.digest for version in removed} - self._registry.digests():
-            await self._fleet.forget(digest)
+        async with self._turns.of(name):
+            removed = await asyncio.to_thread(self._registry.delete, name)
+            self._catalog.changed()
+            used = await asyncio.to_thread(self._registry.digests)
+            for digest in {version.digest for version in removed} - used:
+                await self._fleet.forget(digest)
         log.info("removed %s", name)
 
     async def roll_back(self, name: str, number: int) -> Version:
         """Point a name at one of its versions. NotFoundError."""
-        version = await asyncio.to_thread(self._registry.set_current, name, number)
-        self._catalog.changed()
+        async with self._turns.of(name):
+            version = await asyncio.to_thread(self._registry.set_current, name, number)
+            self._catalog.changed()
         log.info("%s points at version %d now", name, number)
         return version
