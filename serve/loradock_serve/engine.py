@@ -179,9 +179,10 @@ class Engine:
         except EngineError as error:
             self._broke(error)
         finally:
-            await client.close()
+            # First the process: its end is what breaks off the answers in flight, which a closed client would let hang.
             await (process.stop() if self._stop_wanted.is_set() else process.kill())
             await ended
+            await client.close()
             self._process = None
 
     def _broke(self, error: EngineError) -> None:

@@ -4,8 +4,10 @@ One client per start of an engine. Knows the engine's private routes (`inside/en
 public names.
 """
 
+import asyncio
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,6 +19,7 @@ PROBE_TIMEOUT_S = 5.0
 LOAD_TIMEOUT_S = 300.0
 # A stream may be silent for as long as a request waits inside the engine; the gateway's own deadline ends it.
 STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=10)
+CLOSE_GRACE_S = 5.0
 READ_CHUNK_BYTES = 256 * 1024
 # Answers go on to clients as they are, so they must not come compressed.
 PLAIN_ANSWERS = {"accept-encoding": "identity"}
@@ -65,16 +68,40 @@ class EngineClient:
             skip_auto_headers=("user-agent",),
             cookie_jar=aiohttp.DummyCookieJar(),
         )
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def close(self) -> None:
-        """Close every connection; requests in flight end with an error."""
+        """Close every connection, once the requests in flight have seen the end of the engine.
+
+        aiohttp drops the body of an answer that is being read when its session closes: the reader would wait for ever.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), CLOSE_GRACE_S)
         await self._session.close()
 
-    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """Send a request and return as soon as the engine's headers are here. aiohttp's errors pass through."""
+    @contextlib.asynccontextmanager
+    async def post(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send a request; the block begins when the engine's headers are here. aiohttp's errors pass through.
+
+        An answer that is not read to its end by the end of the block is broken off: the engine aborts the request.
+        """
         if self._session.closed:  # between its lease and now the engine broke
             raise aiohttp.ClientConnectionError("the engine has gone")
-        return await self._session.post(self._origin + path, data=body, headers=headers, allow_redirects=False)
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            url = self._origin + path
+            answer = await self._session.post(url, data=body, headers=headers, allow_redirects=False)
+            try:
+                yield answer
+            finally:
+                answer.close()
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self._idle.set()
 
     async def is_healthy(self) -> bool | None:
         """True or False as the engine says; None where it does not answer in time (it may just be busy)."""

@@ -122,9 +122,9 @@ class OpenAIProxy:
         async with contextlib.AsyncExitStack() as stack:
             async with _comments(reply, out.streams, resolved):
                 target = await stack.enter_async_context(self._fleet.lease(resolved.version))
+            headers = _engine_headers(scope, reply.request_id)
             with _engine_may_die(target, resolved):
-                answer = await target.client.post(path, out.body, _engine_headers(scope, reply.request_id))
-                stack.callback(answer.close)  # an answer that is not read to its end: the engine aborts the request
+                answer = await stack.enter_async_context(target.client.post(path, out.body, headers))
                 if answer.status == 404 and resolved.is_adapter and not last:
                     self._fleet.lost(target)
                     return False
