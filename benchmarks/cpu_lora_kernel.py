@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         matrix[:, :, :rank].normal_()
     for matrix in b:
         matrix[..., :rank].normal_()
-    stock, ours = (kind(4096, 256, "cpu") for kind in (PunicaWrapperCPU, CorrectedPunicaWrapperCPU))
+    stock, ours = PunicaWrapperCPU(4096, 256, "cpu"), CorrectedPunicaWrapperCPU(4096, 256, "cpu")
     for slot in range(slots):
         ours.slot_written(slot, rank)
     rows = []
@@ -71,7 +72,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 x, y = torch.randn(len(ids), hidden, dtype=dtype), torch.zeros(len(ids), sum(outputs), dtype=dtype)
                 for wrapper in (stock, ours):
                     wrapper.update_metadata(mapping, list(range(1, slots + 1)), slots + 1, 512)
-                sides = [lambda w=w: w.add_lora_linear(y, x, a, b, 1.0, outputs) for w in (stock, ours)]
+                sides = [partial(w.add_lora_linear, y, x, a, b, 1.0, outputs) for w in (stock, ours)]
                 stock_us, ours_us = alternate(sides)
                 rows.append(
                     {"case": case, "base_rows": with_base, "adapters": adapters, "stock_us": round(stock_us, 1),

@@ -42,7 +42,9 @@ class SlotWeights(NamedTuple):
 class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
     """Applies to every row its own adapter, and to rows without an adapter nothing."""
 
-    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
+    def __init__(
+        self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any
+    ) -> None:
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self._tokens = EMPTY_PLAN
         self._samples = EMPTY_PLAN

@@ -103,14 +103,15 @@ class AdapterDesk:
         import vllm
 
         self._require_alive()
-        workers = await self._engine.collective_rpc("loradock_status")
         config = self._engine.vllm_config
         lora = config.lora_config
+        # An engine without LoRA need not have our worker extension: there is nothing to ask.
+        workers = await self._engine.collective_rpc("loradock_status") if lora else []
         names = {request.lora_int_id: name for name, request in self._models.lora_requests.items()}
         wrappers = sorted({wrapper for worker in workers for wrapper in worker["wrappers"]})
         return {
             "vllm_version": vllm.__version__,
-            "device": workers[0]["device"],
+            "device": str(config.device_config.device),
             "lora_wrapper": ", ".join(wrappers) or None,
             "corrected": all(is_corrected(worker) for worker in workers),
             "max_loras": lora.max_loras if lora else 0,
@@ -120,8 +121,8 @@ class AdapterDesk:
             "max_model_len": config.model_config.max_model_len,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "registered": sorted(self._models.lora_requests),
-            "active": [_name(names, adapter_id) for adapter_id in workers[0]["active"]],
-            "loaded": [_name(names, adapter_id) for adapter_id in workers[0]["loaded"]],
+            "active": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["active"]],
+            "loaded": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["loaded"]],
         }
 
     def _require_lora(self) -> None:

@@ -9,6 +9,7 @@ Legend: n rows, k distinct adapters among them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -115,11 +116,7 @@ def _runs(slots: Slots) -> tuple[Segment, ...]:
     if len(slots) == 0:
         return ()
     edges = [0, *(np.flatnonzero(np.diff(slots)) + 1).tolist(), len(slots)]
-    return tuple(
-        Segment(int(slots[start]), start, end)
-        for start, end in zip(edges, edges[1:], strict=False)
-        if slots[start] != NO_ADAPTER
-    )
+    return tuple(Segment(int(slots[start]), start, end) for start, end in pairwise(edges) if slots[start] != NO_ADAPTER)
 
 
 def _bundle(slots: Slots, bundle_from: int) -> Bundle | None:

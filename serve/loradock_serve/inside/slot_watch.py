@@ -40,7 +40,7 @@ def watch_slots() -> None:
         return written
 
     setattr(activate_adapter, _MARK, True)
-    LoRAModelManager.activate_adapter = activate_adapter
+    LoRAModelManager.activate_adapter = activate_adapter  # type: ignore[method-assign, assignment]
 
 
 def largest_rank(adapter: Any) -> int:

@@ -1,8 +1,8 @@
 """What vLLM's workers answer about themselves (`--worker-extension-cls loradock_serve.inside.worker.LoradockWorker`).
 
-vLLM mixes the class into its own worker class; the API server reaches its methods by `collective_rpc`. Names of adapters
-are the API server's business: here they are integers. Private touches: `worker.model_runner.lora_manager` and, of its
-`_adapter_manager`, `modules`, `lora_index_to_id` and `list_adapters`.
+vLLM mixes the class into its own worker class; the API server reaches its methods by `collective_rpc`. Names of
+adapters are the API server's business: here they are integers. Private touches: `worker.model_runner.lora_manager` and,
+of its `_adapter_manager`, `modules`, `lora_index_to_id` and `list_adapters`.
 """
 
 from typing import Any

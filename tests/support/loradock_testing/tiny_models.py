@@ -175,10 +175,7 @@ def reference(
 ) -> list[Answer]:
     """What transformers + PEFT answer, greedily, in the checkpoint's own dtype: the truth that an engine is held to."""
     tokenizer: Any = AutoTokenizer.from_pretrained(base_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto")
-    if adapter_dir is not None:
-        model = PeftModel.from_pretrained(model, adapter_dir)
-    model.eval()
+    model = _load(base_dir, adapter_dir)
     ids = [tokenizer(prompt).input_ids if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     answers: dict[int, Answer] = {}
     for length in sorted({len(prompt) for prompt in ids}):  # batches of one length need no padding
@@ -191,6 +188,13 @@ def reference(
             text = tokenizer.decode(row_tokens[:end], skip_special_tokens=True)
             answers[row] = Answer(tuple(row_tokens[:end]), tuple(row_gaps[:end]), text)
     return [answers[row] for row in range(len(ids))]
+
+
+def _load(base_dir: Path, adapter_dir: Path | None) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype="auto")
+    if adapter_dir is not None:
+        model = PeftModel.from_pretrained(model, adapter_dir)
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -206,3 +210,14 @@ def _greedy(model: torch.nn.Module, ids: torch.Tensor, max_tokens: int) -> tuple
         tokens.append(ids)
         gaps.append(best.values[:, :1] - best.values[:, 1:])
     return torch.cat(tokens, dim=1), torch.cat(gaps, dim=1)
+
+
+@torch.inference_mode()
+def prompt_logprobs(base_dir: Path, adapter_dir: Path | None, prompt: str) -> list[float]:
+    """The log-probability of each token of the prompt but the first, by transformers + PEFT."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(base_dir)
+    model = _load(base_dir, adapter_dir)
+    ids = torch.tensor([tokenizer(prompt).input_ids])
+    logprobs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)  # (length - 1, vocabulary)
+    picked: list[float] = logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    return picked

@@ -6,6 +6,7 @@ Knows nothing of Loradock's own supervision of engines: what is tested with it i
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -60,14 +61,16 @@ def vllm_server(
         RuntimeError: It ended or did not become healthy in time; the message has the end of its log.
     """
     directory = Path(tempfile.mkdtemp(prefix="ld-"))  # short: a socket's path has at most 107 bytes
-    server_socket, log = directory / "vllm.sock", directory / "vllm.log"
-    command = _command(model, server_socket, arguments)
+    log = directory / "vllm.log"
+    command = _command(model, directory / "vllm.sock", arguments)
     variables = {
         **os.environ,
         "VLLM_PLUGINS": plugins,
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": cores,
         "VLLM_NO_USAGE_STATS": "1",
+        # Else the first request for logprobs compiles a kernel for half a minute, and everyone waits.
+        "TORCH_COMPILE_DISABLE": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         **(environment or {}),
@@ -75,7 +78,7 @@ def vllm_server(
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=variables, start_new_session=True)
     try:
-        server = VllmServer(server_socket, log, str(model), process.pid)
+        server = VllmServer(directory / "vllm.sock", log, str(model), process.pid)
         _wait_until_healthy(server, process, start_timeout_s)
         yield server
     finally:
@@ -83,7 +86,7 @@ def vllm_server(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def tail(log: Path, lines: int = 60) -> str:
+def tail(log: Path, lines: int = 200) -> str:
     """The end of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
@@ -99,11 +102,20 @@ def _wait_until_healthy(server: VllmServer, process: subprocess.Popen[bytes], ti
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"vLLM ended with {process.returncode}:\n{tail(server.log)}")
-        with suppress(httpx.TransportError):
-            if server.socket.exists() and server.request("GET", "/health").status_code == 200:
-                return
+        if _accepts(server.socket) and server.request("GET", "/health").status_code == 200:
+            return
         time.sleep(0.2)
     raise RuntimeError(f"vLLM was not healthy after {timeout_s} s:\n{tail(server.log)}")
+
+
+def _accepts(path: Path) -> bool:
+    """Whether someone listens; vLLM binds the socket long before it does."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,151 @@
+"""What our code inside vLLM relies on, checked against the installed vLLM without starting an engine.
+
+When vLLM moves, these fail first and by name. Each private touch that a module of `loradock_serve.inside` names at its
+head has a test here.
+"""
+
+import inspect
+import subprocess
+import sys
+from importlib.metadata import entry_points
+
+import pytest
+import vllm
+from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.punica_wrapper import punica_selector
+from vllm.lora.punica_wrapper.punica_base import PunicaWrapperABC
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms.cpu import CpuPlatform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from loradock_serve.inside import plugin
+from loradock_serve.inside.cpu_lora import CorrectedPunicaWrapperCPU
+
+
+def test_vllm_is_the_version_this_was_read_from() -> None:
+    assert vllm.__version__.split("+")[0] == "0.32.0"
+
+
+def test_cpu_platform_names_the_stock_wrapper() -> None:
+    assert f'"{plugin.STOCK_WRAPPER}"' in inspect.getsource(inspect.getmodule(CpuPlatform))  # type: ignore[arg-type]
+    assert "current_platform.get_punica_wrapper()" in inspect.getsource(punica_selector)
+
+
+def test_names_of_the_wrappers_resolve() -> None:
+    assert resolve_obj_by_qualname(plugin.STOCK_WRAPPER) is PunicaWrapperCPU
+    assert resolve_obj_by_qualname(plugin.CORRECTED_WRAPPER) is CorrectedPunicaWrapperCPU
+
+
+def test_entry_points_name_our_plugins() -> None:
+    (general,) = entry_points(group="vllm.general_plugins", name="loradock")
+    (endpoint,) = entry_points(group="vllm.endpoint_plugins", name="loradock_endpoints")
+
+    assert general.load() is plugin.register
+    assert endpoint.load().name == "loradock_endpoints"
+
+
+REGISTER_TWICE = """
+from vllm.platforms import current_platform
+from loradock_serve.inside.plugin import register
+import sys
+register(); register()
+print(current_platform.get_punica_wrapper())
+print("vllm.lora.model_manager" in sys.modules, "vllm.lora.layers" in sys.modules)
+"""
+
+
+def test_register_twice_installs_the_wrapper_and_imports_no_lora_code() -> None:
+    done = subprocess.run([sys.executable, "-c", REGISTER_TWICE], capture_output=True, text=True, check=True)
+
+    assert done.stdout.split() == [plugin.CORRECTED_WRAPPER, "False", "False"]
+
+
+class FakePlatform:
+    """A platform that is not the CPU one, or names a wrapper of its own."""
+
+    wrapper = "elsewhere.Wrapper"
+    cpu = False
+
+    def is_cpu(self) -> bool:
+        return self.cpu
+
+    @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return cls.wrapper
+
+
+@pytest.mark.parametrize(("cpu", "wrapper"), [(False, plugin.STOCK_WRAPPER), (True, "elsewhere.Wrapper")])
+def test_register_elsewhere_changes_nothing(cpu: bool, wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = type("Platform", (FakePlatform,), {"cpu": cpu, "wrapper": wrapper})()
+    monkeypatch.setattr("vllm.platforms.current_platform", platform, raising=False)
+
+    plugin.register()
+
+    assert platform.get_punica_wrapper() == wrapper
+
+
+@pytest.mark.parametrize("method", [name for name in vars(PunicaWrapperABC) if not name.startswith("_")])
+def test_wrapper_takes_the_arguments_that_layers_pass(method: str) -> None:
+    stock = inspect.signature(getattr(PunicaWrapperCPU, method)).parameters
+    ours = inspect.signature(getattr(CorrectedPunicaWrapperCPU, method)).parameters
+
+    assert [name for name in ours if name in stock] == list(stock)
+    assert all(
+        parameter.default is not inspect.Parameter.empty or parameter.kind is inspect.Parameter.VAR_KEYWORD
+        for name, parameter in ours.items()
+        if name not in stock
+    )
+
+
+def test_every_abstract_method_that_stock_implements_is_ours() -> None:
+    """apply_lora_full_linear masks rows without an adapter itself, and is kept."""
+    implemented = {name for name in vars(PunicaWrapperCPU) if name in vars(PunicaWrapperABC)}
+
+    assert implemented - set(vars(CorrectedPunicaWrapperCPU)) == {"apply_lora_full_linear"}
+    assert "use_full" in inspect.getsource(PunicaWrapperCPU._select_full_linear_output)
+
+
+def test_activation_goes_through_the_hooked_method() -> None:
+    source = inspect.getsource(LRUCacheLoRAModelManager.activate_adapter)
+
+    assert "super().activate_adapter(lora_id)" in source
+    assert list(inspect.signature(LoRAModelManager.activate_adapter).parameters)[1:] == ["lora_id"]
+    manager = inspect.getsource(LoRAModelManager)
+    assert manager.count(".set_lora(") == 1  # nobody writes a slot but activate_adapter
+
+
+def test_model_runner_slices_prompt_states_and_copies_sampled_ones() -> None:
+    """How the wrapper tells prompt rows from sampled rows: by whether they are a view of the hidden states."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    assert "hidden_states[offset : offset + num_logits]" in inspect.getsource(GPUModelRunner._get_prompt_logprobs_dict)
+    assert "hidden_states[logits_indices]" in inspect.getsource(GPUModelRunner.execute_model)
+
+
+def test_embedding_layer_reads_the_offsets_that_we_fill() -> None:
+    from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+
+    assert "self.punica_wrapper._embeddings_indices[:num_tokens]" in inspect.getsource(VocabParallelEmbeddingWithLoRA)
+
+
+def test_endpoints_are_an_endpoint_plugin_and_know_their_engine() -> None:
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from loradock_serve.inside.endpoints import LoradockEndpoints
+
+    assert isinstance(LoradockEndpoints(), EndpointPlugin)
+    assert {"remove_lora", "collective_rpc", "errored"} <= set(dir(AsyncLLM))
+    assert {"load_lora_adapter", "unload_lora_adapter", "is_base_model"} <= set(dir(OpenAIServingModels))
+    assert "self.lora_requests: dict[str, LoRARequest] = {}" in inspect.getsource(OpenAIServingModels.__init__)
+
+
+def test_worker_extension_hides_nothing_of_the_worker() -> None:
+    """vLLM refuses an extension whose attributes its worker has."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from loradock_serve.inside.worker import LoradockWorker
+
+    ours = {name for name in dir(LoradockWorker) if not name.startswith("__")}
+    assert not ours & set(dir(CPUWorker))
