@@ -82,7 +82,7 @@ def base_from(
     text = text_config(config)
     tied = bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
     derived = derived_modules(config)
-    modules = _modules_of(shapes, derived, tied) if shapes else derived
+    modules = _modules_of(shapes, derived, tied, bool(config.get("quantization_config"))) if shapes else derived
     return BaseModel(
         config=config,
         architectures=_architectures(config),
@@ -114,7 +114,7 @@ def find_base(text: str) -> Path:
 
 
 def _modules_of(
-    shapes: Mapping[str, tuple[int, ...]], derived: Mapping[str, tuple[int, int]], tied: bool
+    shapes: Mapping[str, tuple[int, ...]], derived: Mapping[str, tuple[int, int]], tied: bool, packed: bool
 ) -> dict[str, tuple[int, int]]:
     """Modules with a matrix, by the weights' own names. A tied output matrix is not in the file, but is a module."""
     modules: dict[str, tuple[int, int]] = {}
@@ -122,8 +122,9 @@ def _modules_of(
         module, _, parameter = name.rpartition(".")
         if parameter == "weight" and len(shape) == 2:
             modules[module] = (shape[0], shape[1])
-    if derived and not derived.keys() & modules.keys():
-        # The file's names lack the prefix that the model's own modules have (GPT-2 on the hub: `h.0.attn.c_attn`).
+    if derived and (packed or not derived.keys() & modules.keys()):
+        # Quantised weights are packed under other names and shapes; or the file's names lack the prefix that the
+        # model's own modules have (GPT-2 on the hub: `h.0.attn.c_attn`).
         return dict(derived)
     if any(module in modules and modules[module] != shape for module, shape in derived.items()):
         # Conv1D keeps its matrix transposed; the derived shapes are (out, in) as everywhere else.

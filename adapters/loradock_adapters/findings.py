@@ -1,11 +1,11 @@
 """Where the gate's checks put what they find, so that none of them stops the others."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 from loradock_adapters.problems import Problem
 
-_MAX_REASONS = 50
+_MAX_REASONS = 50  # keeps the answer to a hostile upload short
 
 
 @dataclass
@@ -18,8 +18,9 @@ class Findings:
 
     @property
     def reasons(self) -> tuple[Problem, ...]:
-        """Everything found, the weightiest first; a bound keeps a hostile upload's answer short."""
-        return tuple([*self.refusals, *self.detours, *self.remarks][:_MAX_REASONS])
+        """Everything found, the weightiest first. The same fault in many places is one reason, with the first place."""
+        found = [*_grouped(self.refusals), *_grouped(self.detours), *_grouped(self.remarks)]
+        return tuple(found[:_MAX_REASONS])
 
     def refuse(self, code: str, message: str, where: str = "", fix: str = "") -> None:
         self.refusals.append(Problem(code, message, where, fix))
@@ -31,20 +32,22 @@ class Findings:
     def remark(self, code: str, message: str, where: str = "", fix: str = "") -> None:
         self.remarks.append(Problem(code, message, where, fix))
 
-    def refuse_all(self, code: str, message: str, places: Sequence[str], fix: str = "") -> None:
-        """One problem for the same fault in many places: the first is named, the others are counted."""
-        if places:
-            self.refusals.append(_grouped(code, message, places, fix))
+    def refuse_all(self, code: str, message: str, places: Iterable[str], fix: str = "") -> None:
+        """The same fault in each of these places."""
+        self.refusals.extend(Problem(code, message, where, fix) for where in places)
 
-    def detour_all(self, code: str, message: str, places: Sequence[str], fix: str = "") -> None:
-        if places:
-            self.detours.append(_grouped(code, message, places, fix))
+    def detour_all(self, code: str, message: str, places: Iterable[str], fix: str = "") -> None:
+        self.detours.extend(Problem(code, message, where, fix) for where in places)
 
-    def remark_all(self, code: str, message: str, places: Sequence[str], fix: str = "") -> None:
-        if places:
-            self.remarks.append(_grouped(code, message, places, fix))
+    def remark_all(self, code: str, message: str, places: Iterable[str], fix: str = "") -> None:
+        self.remarks.extend(Problem(code, message, where, fix) for where in places)
 
 
-def _grouped(code: str, message: str, places: Sequence[str], fix: str) -> Problem:
-    others = f" (and {len(places) - 1} more like it)" if len(places) > 1 else ""
-    return Problem(code, message + others, places[0], fix)
+def _grouped(problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Equal problems as one that counts the other places, in the order in which they were first seen."""
+    places: dict[Problem, list[str]] = {}
+    for problem in problems:
+        places.setdefault(replace(problem, where=""), []).append(problem.where)
+    for problem, found in places.items():
+        others = f" (and {len(found) - 1} more like it)" if len(found) > 1 else ""
+        yield replace(problem, message=problem.message + others, where=found[0])

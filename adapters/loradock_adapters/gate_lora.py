@@ -21,22 +21,12 @@ from loradock_adapters.engine_rules import (
     ladder_rank,
 )
 from loradock_adapters.findings import Findings
-from loradock_adapters.lora_keys import LoraKey, Part, is_safe_pattern, parse_key, rank_of
+from loradock_adapters.lora_keys import LoraKey, Part, RankPatterns, is_literal, is_safe_pattern, parse_key, suffixes
 from loradock_adapters.safetensors_header import TensorInfo
 
+_MAX_PATTERNS = 20_000
+_MAX_WILD_PATTERNS = 200
 _FACTORS: tuple[Part, ...] = ("A", "B", "embedding_A", "embedding_B")
-
-
-@dataclass(frozen=True, slots=True)
-class _Ranks:
-    """The ranks that the config gives, once they are known to be numbers."""
-
-    rank: int
-    pattern: Mapping[str, int]
-
-    @property
-    def largest(self) -> int:
-        return max([self.rank, *self.pattern.values()])
 
 
 def judge_lora(checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLimits, findings: Findings) -> int | None:
@@ -59,7 +49,7 @@ def judge_lora(checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLim
     return ranks.largest if ranks is not None else None
 
 
-def _judge_config(config: Mapping[str, Any], findings: Findings) -> _Ranks | None:
+def _judge_config(config: Mapping[str, Any], findings: Findings) -> RankPatterns | None:
     peft_type = config.get("peft_type", "LORA")
     if peft_type != "LORA":
         message = f"{ascii(peft_type)[:40]} adapters are not served, only LORA"
@@ -82,7 +72,7 @@ def _judge_config(config: Mapping[str, Any], findings: Findings) -> _Ranks | Non
     if type(rank) is not int or rank <= 0:
         findings.refuse("rank", f"r is {ascii(rank)[:40]}, not a positive whole number", f"{ADAPTER_CONFIG}: r")
         return None
-    return _Ranks(rank, config.get("rank_pattern") or {} if pattern_fine else {})
+    return RankPatterns(rank, config.get("rank_pattern") or {} if pattern_fine else {})
 
 
 def _judge_patterns(setting: str, patterns: object, number: Any, findings: Findings) -> bool:
@@ -91,6 +81,10 @@ def _judge_patterns(setting: str, patterns: object, number: Any, findings: Findi
         return True
     if not isinstance(patterns, Mapping):
         findings.refuse(setting, f"{setting} is not a map of module patterns to numbers", where)
+        return False
+    if len(patterns) > _MAX_PATTERNS or sum(not is_literal(pattern) for pattern in patterns) > _MAX_WILD_PATTERNS:
+        message = f"more than {_MAX_PATTERNS} patterns, or {_MAX_WILD_PATTERNS} with wildcards"
+        findings.refuse("too_many_patterns", message, where)
         return False
     unsafe = [ascii(pattern)[:80] for pattern in patterns if not is_safe_pattern(pattern)]
     findings.refuse_all(
@@ -197,18 +191,18 @@ def _pairs(keys: list[LoraKey], tensors: Mapping[str, TensorInfo], findings: Fin
     return pairs
 
 
-def _judge_factor_ranks(pairs: list[_Pair], ranks: _Ranks, findings: Findings) -> None:
+def _judge_factor_ranks(pairs: list[_Pair], ranks: RankPatterns, findings: Findings) -> None:
     """The engine scales by the config's rank, so a tensor of another rank would be scaled wrongly."""
     for pair in pairs:
         if len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
             continue  # said by the shape check
-        rank = rank_of(pair.module, ranks.rank, ranks.pattern)
+        rank = ranks.rank_of(pair.module)
         if not pair.a.shape[0] == pair.b.shape[1] == rank:
             message = f"A has rank {pair.a.shape[0]} and B {pair.b.shape[1]}, the config says {rank}"
             findings.refuse("rank_mismatch", message, pair.module)
 
 
-def _judge_limits(ranks: _Ranks, limits: EngineLimits, findings: Findings) -> None:
+def _judge_limits(ranks: RankPatterns, limits: EngineLimits, findings: Findings) -> None:
     rank = ranks.largest
     if rank <= limits.max_lora_rank:
         return
@@ -302,15 +296,12 @@ def _judge_targets(targets: object, pairs: list[_Pair], base: BaseModel, finding
     """Names that the config targets and no tensor answers: harmless for the engine, but perhaps not what was meant."""
     if not isinstance(targets, list):
         return
-    have = [pair.module for pair in pairs]
-    idle = [
-        target
-        for target in targets
-        if isinstance(target, str) and not any(m == target or m.endswith(f".{target}") for m in have)
-    ]
-    absent = [target for target in idle if not any(m == target or m.endswith(f".{target}") for m in base.modules)]
-    findings.remark_all("target_not_in_base", "the base has no module of this name", absent)
-    findings.remark_all("target_without_tensors", "targeted, but nothing was saved for it", sorted({*idle} - {*absent}))
+    named = {target for target in targets if isinstance(target, str)}
+    idle = named - {suffix for pair in pairs for suffix in suffixes(pair.module)}
+    absent = idle - {suffix for module in base.modules for suffix in suffixes(module)}
+    printable = [ascii(target)[1:-1][:120] for target in sorted(absent)]
+    findings.remark_all("target_not_in_base", "the base has no module of this name", printable)
+    findings.remark_all("target_without_tensors", "targeted, but nothing was saved for it", sorted(idle - absent))
 
 
 def _judge_origin(checkpoint: Checkpoint, base: BaseModel, findings: Findings) -> None:

@@ -7,7 +7,7 @@ Pure text: whether such a module exists, and with which shape, is the gate's que
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,12 +83,38 @@ def is_safe_pattern(pattern: str) -> bool:
     return True
 
 
-def rank_of(module: str, rank: int, rank_pattern: Mapping[str, int]) -> int:
-    """The rank that PEFT and the engine take for a module: the first matching pattern, else `rank`.
+class RankPatterns:
+    """The ranks that PEFT and the engine take for modules: that of the first matching pattern, else the general one.
 
-    Only for patterns that `is_safe_pattern`.
+    Only for patterns that `is_safe_pattern`. An adapter may have a pattern for every module (EVA does), so those
+    without wildcards are looked up and not searched.
     """
-    for pattern, patterned_rank in rank_pattern.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return patterned_rank
-    return rank
+
+    def __init__(self, rank: int, patterns: Mapping[str, int]) -> None:
+        self._rank = rank
+        self.largest = max([rank, *patterns.values()])
+        self._literal: dict[str, tuple[int, int]] = {}
+        self._wild: list[tuple[int, re.Pattern[str], int]] = []
+        for order, (pattern, patterned_rank) in enumerate(patterns.items()):
+            if is_literal(pattern):
+                self._literal[pattern] = (order, patterned_rank)
+            else:
+                self._wild.append((order, re.compile(rf"(.*\.)?({pattern})$"), patterned_rank))
+
+    def rank_of(self, module: str) -> int:
+        hits = [self._literal[suffix] for suffix in suffixes(module) if suffix in self._literal]
+        hits += [(order, rank) for order, pattern, rank in self._wild if pattern.match(module)]
+        return min(hits)[1] if hits else self._rank
+
+
+def is_literal(pattern: str) -> bool:
+    """Whether a pattern is a plain module name."""
+    return re.fullmatch(r"[\w.]+", pattern) is not None
+
+
+def suffixes(module: str) -> Iterator[str]:
+    """`a.b.c` -> `a.b.c`, `b.c`, `c`: the names by which patterns and targets may mean a module."""
+    yield module
+    while "." in module:
+        module = module.partition(".")[2]
+        yield module

@@ -80,7 +80,8 @@ class Registry:
     def publish(self, name: str, manifest: Manifest, verdict: Verdict, details: Details | None = None) -> Version:
         """Makes the next version of a name and points the name at it.
 
-        The same bytes as the current version are no new version: that one is returned, with `created` False.
+        The same bytes as the current version are no new version: that one is returned, with `created` False, and with
+        the new verdict (the engine's settings may have changed since).
         """
         check_name(name)
         if verdict.placement == "rejected":
@@ -92,7 +93,7 @@ class Registry:
             elif model.current_number is not None:
                 current = _read(connection, name, versions.c.number == model.current_number)
                 if current is not None and current.digest == manifest.digest:
-                    return current
+                    return _rejudged(connection, current, verdict)
             number = 1 if model is None else model.last_number + 1
             row = _row(name, number, manifest, verdict, details or Details())
             connection.execute(sa.insert(versions).values(row))
@@ -190,6 +191,17 @@ def _read(connection: sa.Connection, name: str, which: sa.ColumnElement[bool]) -
     query = _query().where(versions.c.name == name, which).order_by(versions.c.number.desc()).limit(1)
     row = connection.execute(query).one_or_none()
     return None if row is None else _version(row._mapping, row.current_number)
+
+
+def _rejudged(connection: sa.Connection, version: Version, verdict: Verdict) -> Version:
+    """The same version with the verdict of today."""
+    fresh = replace(version, placement=verdict.placement, reasons=verdict.reasons, rank=verdict.rank)
+    if fresh != version:
+        where = (versions.c.name == version.name) & (versions.c.number == version.number)
+        reasons = [reason.to_json() for reason in fresh.reasons]
+        columns = {"placement": fresh.placement, "reasons": reasons, "rank": fresh.rank}
+        connection.execute(sa.update(versions).where(where).values(columns))
+    return fresh
 
 
 def _row(name: str, number: int, manifest: Manifest, verdict: Verdict, details: Details) -> dict[str, Any]:

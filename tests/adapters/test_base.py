@@ -8,7 +8,7 @@ import pytest
 from loradock_adapters.base import base_from, find_base
 from loradock_adapters.base_shapes import derived_modules
 from loradock_adapters.errors import BaseModelError, NotFoundError
-from loradock_testing.checkpoints import GPT2, LLAMA, write_full, write_json
+from loradock_testing.checkpoints import GPT2, LLAMA, f32, safetensors_bytes, write_full, write_json, zeros
 
 
 def test_base_from_config_alone_derives_shapes() -> None:
@@ -38,6 +38,14 @@ def test_base_from_weights_same_modules_as_derived(tmp_path: Path, shards: int) 
 def test_base_from_weights_they_win_over_the_config(tmp_path: Path) -> None:
     write_json(write_full(tmp_path) / "config.json", {**LLAMA, "model_type": "unheard_of", "hidden_size": 99})
     assert base_from(tmp_path).modules["lm_head"] == (40, 16)
+
+
+def test_base_from_quantised_weights_modules_are_the_configs(tmp_path: Path) -> None:
+    config = {**LLAMA, "quantization_config": {"quant_method": "awq"}}
+    write_json(tmp_path / "config.json", config)
+    packed = {"model.embed_tokens.weight": f32(40, 16), "model.layers.0.self_attn.q_proj.qweight": zeros("I32", 16, 2)}
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(packed))
+    assert base_from(tmp_path).modules == base_from(LLAMA).modules
 
 
 def test_base_from_tied_weights_output_matrix_is_known(tmp_path: Path) -> None:
@@ -146,8 +154,6 @@ def test_derived_modules_are_those_that_transformers_builds(family: str) -> None
 
 
 def test_base_from_gpt2_saved_without_its_prefix_has_the_models_names(tmp_path: Path) -> None:
-    from loradock_testing.checkpoints import f32, safetensors_bytes
-
     write_json(tmp_path / "config.json", GPT2)
     tensors = {"wte.weight": f32(40, 16), "h.0.attn.c_attn.weight": f32(16, 48)}
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(tensors))
@@ -155,8 +161,6 @@ def test_base_from_gpt2_saved_without_its_prefix_has_the_models_names(tmp_path: 
 
 
 def test_base_from_gpt2_transposed_matrices_turned(tmp_path: Path) -> None:
-    from loradock_testing.checkpoints import f32, safetensors_bytes
-
     write_json(tmp_path / "config.json", GPT2)
     tensors = {"transformer.wte.weight": f32(40, 16), "transformer.h.0.attn.c_attn.weight": f32(16, 48)}
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes(tensors))

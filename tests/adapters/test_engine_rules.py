@@ -21,6 +21,7 @@ from loradock_adapters.engine_rules import (
     known_architectures,
     ladder_rank,
 )
+from loradock_adapters.lora_keys import parse_key
 from loradock_adapters.tables.make_engine_rules import TABLE, dump, make_table, vllm_root
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -73,6 +74,7 @@ _PROBE = """
 import json, sys
 from types import SimpleNamespace
 from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.utils import is_base_embedding_weights, parse_fine_tuned_lora_name
 from vllm.model_executor.models.interfaces import supports_lora
 from vllm.model_executor.models import llama, qwen2, qwen3, gpt2, mistral
 from vllm.model_executor.models.transformers import TransformersForCausalLM
@@ -85,10 +87,19 @@ def legal(settings):
         return str(error)
     return None
 
+def parsed(name):
+    if is_base_embedding_weights(name):
+        return "ignored"
+    try:
+        return parse_fine_tuned_lora_name(name)
+    except ValueError:
+        return "refused"
+
 classes = [llama.LlamaForCausalLM, qwen2.Qwen2ForCausalLM, qwen3.Qwen3ForCausalLM, gpt2.GPT2LMHeadModel,
            mistral.MistralForCausalLM, TransformersForCausalLM]
 print(json.dumps({
     "legal": [legal(settings) for settings in json.loads(sys.argv[1])],
+    "parsed": [parsed(name) for name in json.loads(sys.argv[2])],
     "classes": {c.__name__: [bool(supports_lora(c)), sorted(getattr(c, "embedding_modules", {}))] for c in classes},
 }))
 """
@@ -121,10 +132,30 @@ _ACCEPTED: list[dict[str, Any]] = [
 ]
 
 
+_Q = "model.layers.0.self_attn.q_proj"
+_TENSORS = [
+    f"base_model.model.{_Q}.lora_A.weight",
+    f"base_model.model.{_Q}.lora_B.weight",
+    f"{_Q}.lora_B.weight",
+    "base_model.model.model.embed_tokens.lora_embedding_A",
+    "base_model.model.model.embed_tokens.lora_embedding_B",
+    "base_model.model.lm_head.lora_A.weight",
+    "base_model.model.model.embed_tokens.base_layer.weight",
+    "base_model.model.lm_head.base_layer.weight",
+    f"base_model.model.{_Q}.base_layer.weight",
+    f"base_model.model.{_Q}.lora_A.default.weight",
+    f"base_model.model.{_Q}.lora_magnitude_vector",
+    f"base_model.model.{_Q}.lora_B.bias",
+    f"base_model.model.{_Q}.bias",
+    "base_model.model.lm_head.weight",
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+]
+
+
 @needs_vllm
-def test_features_are_refused_and_accepted_as_by_the_installed_vllm() -> None:
+def test_features_and_tensor_names_are_taken_as_by_the_installed_vllm() -> None:
     ran = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _PROBE, json.dumps([*_REFUSED, *_ACCEPTED])],
+        [sys.executable, "-W", "ignore", "-c", _PROBE, json.dumps([*_REFUSED, *_ACCEPTED]), json.dumps(_TENSORS)],
         capture_output=True,
         text=True,
         check=True,
@@ -137,6 +168,13 @@ def test_features_are_refused_and_accepted_as_by_the_installed_vllm() -> None:
     for settings in _REFUSED[:12]:
         ((setting, value),) = settings.items()
         assert any(feature.used(value) for feature in FEATURES if feature.setting == setting)
+    for tensor, engine in zip(_TENSORS, found["parsed"], strict=True):
+        key = parse_key(tensor)
+        if key.part in ("A", "B", "embedding_A", "embedding_B"):
+            assert engine == [key.module, key.part.endswith("A")]
+        else:
+            of_embedding = tensor.endswith(("embed_tokens.base_layer.weight", "lm_head.base_layer.weight"))
+            assert engine == ("ignored" if of_embedding else "refused")
     for name, (lora, embeddings) in found["classes"].items():
         rules = architecture_rules(name)
         assert rules is not None

@@ -1,16 +1,20 @@
 """The gate on adapters: what is shared, what needs an engine of its own, what is refused, and every reason at once."""
 
 import json
+import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loradock_adapters.base import BaseModel, base_from
 from loradock_adapters.checkpoint import read_checkpoint
 from loradock_adapters.gate import EngineLimits, Verdict, judge
-from loradock_adapters.lora_keys import is_safe_pattern, parse_key, rank_of
+from loradock_adapters.lora_keys import RankPatterns, is_safe_pattern, parse_key
 from loradock_adapters.passport import Passport, PassportBase, write_passport
 from loradock_testing.checkpoints import (
     GPT2,
@@ -427,7 +431,8 @@ def test_verdict_as_json_is_json(tmp_path: Path) -> None:
 
 def test_config_of_the_wrong_shape_never_raises(tmp_path: Path) -> None:
     write_adapter(tmp_path)
-    for junk in (None, [], {}, "x", 7, [[]], {"a": {}}, -1, True):
+    values: tuple[Any, ...] = (None, [], {}, "x", 7, [[]], {"a": {}}, -1, True)
+    for junk in values:
         for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "bias", "peft_type", "init_lora_weights"):
             write_json(
                 tmp_path / "adapter_config.json", {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], key: junk}
@@ -464,7 +469,45 @@ def test_is_safe_pattern_hanging_or_broken_ones_are_not(pattern: str) -> None:
 
 
 def test_rank_of_matches_at_name_boundaries_like_peft() -> None:
-    patterns = {"self_attn.q_proj": 32, "layers.1.mlp.up_proj": 2}
-    assert rank_of("model.layers.0.self_attn.q_proj", 8, patterns) == 32
-    assert rank_of("model.layers.11.mlp.up_proj", 8, patterns) == 8
-    assert rank_of("model.layers.1.mlp.up_proj", 8, patterns) == 2
+    ranks = RankPatterns(8, {"self_attn.q_proj": 32, "layers.1.mlp.up_proj": 2})
+    assert ranks.rank_of("model.layers.0.self_attn.q_proj") == 32
+    assert ranks.rank_of("model.layers.11.mlp.up_proj") == 8
+    assert ranks.rank_of("model.layers.1.mlp.up_proj") == 2
+    assert ranks.largest == 32
+
+
+MODULES = [f"model.layers.{i}.{part}" for i in (0, 1, 11) for part in ("self_attn.q_proj", "mlp.up_proj")] + ["lm_head"]
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            [*MODULES, "q_proj", "up_proj", "layers.1.mlp.up_proj", "mlp.*", "(q|up)_proj", "^lm_head", "1"]
+        ),
+        st.integers(1, 64),
+    )
+)
+def test_rank_of_any_patterns_same_as_pefts_own_search(patterns: dict[str, int]) -> None:
+    ranks = RankPatterns(8, patterns)
+    for module in MODULES:
+        first = next((rank for key, rank in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), 8)
+        assert ranks.rank_of(module) == first
+
+
+def test_hostile_config_is_judged_in_a_moment(tmp_path: Path) -> None:
+    tensors = {f"{PREFIX}m.{'x.' * 40}{i}.lora_A.weight": f32(1, 1) for i in range(4000)}
+    names = [f"t{i}" for i in range(40_000)]
+    patterns = {f"model.{i}": 1 for i in range(20_000)}
+    started_s = time.perf_counter()
+    verdict = verdict_of(write_adapter(tmp_path, tensors, target_modules=names, rank_pattern=patterns, rank=1))
+    assert verdict.placement == "rejected"
+    write_adapter(tmp_path, tensors, rank_pattern={f"a*{i}": 1 for i in range(201)}, rank=1)
+    assert "too_many_patterns" in codes(verdict_of(tmp_path))
+    assert time.perf_counter() - started_s < 10
+
+
+def test_many_equal_faults_do_not_hide_the_others(tmp_path: Path) -> None:
+    tensors = {n: f32(4, 32) if "lora_A" in n else t for n, t in lora_tensors().items()}
+    verdict = verdict_of(write_adapter(tmp_path, tensors, use_dora=True))
+    assert codes(verdict) == ["shape_mismatch", "dora"]
+    assert verdict.reasons[0].message == "A takes 32 inputs, the base's module 16 (and 3 more like it)"

@@ -70,6 +70,13 @@ def test_publish_same_bytes_as_current_is_no_new_version(registry: Registry) -> 
     assert registry.counts() == Counts(names=1, versions=1, digests=1)
 
 
+def test_publish_same_bytes_under_new_engine_settings_takes_the_new_verdict(registry: Registry) -> None:
+    registry.publish("sql", manifest(), DEDICATED)
+    again = registry.publish("sql", manifest(), SHARED)
+    assert (again.number, again.created, again.placement, again.reasons) == (1, False, "shared", ())
+    assert registry.resolve("sql") == again
+
+
 def test_publish_same_bytes_as_an_older_version_is_a_new_one(registry: Registry) -> None:
     for seed in (1, 2, 1):
         version = registry.publish("sql", manifest(seed), SHARED)

@@ -1,10 +1,12 @@
 """The store: what is visible is whole, whatever is broken, killed or done twice."""
 
+import errno
 import hashlib
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -207,6 +209,7 @@ def test_sweep_removes_what_nobody_holds(store: LocalStore) -> None:
 
 _UPLOAD = """
 import sys
+import tempfile
 from pathlib import Path
 from loradock_adapters.store import LocalStore
 writer = LocalStore(Path(sys.argv[1])).writer(sys.argv[2])
@@ -238,8 +241,61 @@ def test_sweep_after_a_writer_was_killed_removes_its_half(store: LocalStore, upl
     assert not store.has_blob(SHA)
 
 
+_UPLOAD_ON_A_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from loradock_adapters.store import LocalStore
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with LocalStore(Path(sys.argv[1])).writer(sys.argv[2]) as writer:
+        for _ in range(10):
+            writer.write(bytes(1 << 20))
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_writer_no_room_left_raises_and_leaves_nothing(store: LocalStore) -> None:
+    command = [sys.executable, "-c", _UPLOAD_ON_A_FULL_DISK, str(store.root), SHA]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert int(ran.stdout) == errno.EFBIG
+    assert files_in(store.root) == []
+
+
+_AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from loradock_adapters.manifest import manifest_of
+from loradock_adapters.store import LocalStore
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+store = LocalStore(Path(sys.argv[1]) / "store")
+manifest = manifest_of(Path(sys.argv[2]))
+store.put_directory(Path(sys.argv[2]), manifest)
+store.discard_version(manifest.digest)
+store.put_directory(Path(sys.argv[2]), manifest)
+print(len(os.listdir(store.version_dir(manifest.digest))))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="everything here runs without root already")
+def test_store_works_without_root() -> None:
+    # Not tmp_path: pytest's folders are closed to other users.
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        root.chmod(0o777)
+        source = write_adapter(root / "a")
+        source.chmod(0o755)
+        command = [sys.executable, "-c", _AS_NOBODY, directory, str(source)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("2\n", "")
+
+
 _PUBLISH_FOR_EVER = """
 import sys
+import tempfile
 from pathlib import Path
 from loradock_adapters.manifest import manifest_of
 from loradock_adapters.store import LocalStore
