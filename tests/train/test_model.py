@@ -14,6 +14,8 @@ from loradock_train.model import (
     add_adapter,
     architecture_config,
     base_config,
+    check_base,
+    check_machine,
     count_parameters,
     decide_precision,
     load_model,
@@ -97,6 +99,32 @@ def test_weights_that_are_not_there_are_named(base: Path, tmp_path: Path) -> Non
     chosen = config(model_id=str(tmp_path))
     with pytest.raises(ModelError, match="no model could be loaded"):
         load_model(chosen, decide_precision(chosen, torch.float32))
+
+
+def test_base_whose_embedding_is_smaller_than_its_tokenizer_is_refused(base: Path) -> None:
+    architecture_of_base = base_config(config(model_id=str(base)))
+    with pytest.raises(ModelError, match="the tokenizer has 600 entries, but the model's embedding only 512 rows"):
+        check_base(architecture_of_base, 600, 64)
+    with pytest.raises(ModelError, match="context_length 1024 is over the model's max_position_embeddings 512"):
+        check_base(architecture_of_base, 512, 1024)
+    check_base(architecture_of_base, 512, 512)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"mixed_precision": "fp16"}, "mixed_precision: fp16 needs a GPU"),
+        ({"optim": "adamw_8bit"}, "optim: adamw_8bit needs bitsandbytes, which is not installed"),
+        ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 needs flash-attn"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, str], expected: str
+) -> None:
+    monkeypatch.setattr("loradock_train.model.torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("loradock_train.model.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=expected):
+        check_machine(config(**values))
 
 
 # ---- types ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loradock_adapters.errors import UsageError
 from loradock_adapters.passport import read_passport, weights_sha256
 from loradock_testing.rows import WriteRows
 from loradock_testing.tiny_models import ALL_MODULES, make_llama
@@ -312,6 +313,14 @@ def test_validation_rows_of_another_format_are_refused(base: Path, tmp_path: Pat
 def test_packing_of_rows_that_are_not_raw_text_is_refused(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:
     with pytest.raises(DataError, match="packing is for raw text only"):
         train(options(base, write_rows("r.jsonl", ROWS), packing=True), output=tmp_path / "run")
+
+
+def test_launcher_of_several_processes_is_refused_until_it_is_supported(
+    base: Path, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="several processes is not there yet"):
+        train(options(base, write_rows("r.jsonl", ROWS)), output=tmp_path / "run")
 
 
 def test_mapping_with_a_typo_is_refused_like_a_file(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:

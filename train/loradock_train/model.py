@@ -6,6 +6,7 @@ Knows nothing of data, and does not train.
 import difflib
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, cast
 
 import torch
@@ -86,6 +87,27 @@ def base_config(config: TrainConfig) -> Any:
         raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error
 
 
+def check_machine(config: TrainConfig) -> None:
+    """Refuse, before anything is loaded, what this machine cannot do. Raises ModelError."""
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ModelError("mixed_precision: fp16 needs a GPU; on a CPU use bf16, or no")
+    if "8bit" in config.optim and find_spec("bitsandbytes") is None:
+        raise ModelError(f"optim: {config.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ModelError("attn_implementation: flash_attention_2 needs flash-attn, which is not installed; use sdpa")
+
+
+def check_base(architecture: Any, vocabulary: int, context_length: int) -> None:
+    """Refuse a base that its tokenizer or the context does not fit, before an index runs out of bounds. Raises
+    ModelError."""
+    text = architecture.get_text_config()
+    positions, rows = getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
+    if isinstance(positions, int) and positions < context_length:
+        raise ModelError(f"context_length {context_length} is over the model's max_position_embeddings {positions}")
+    if isinstance(rows, int) and rows < vocabulary:
+        raise ModelError(f"the tokenizer has {vocabulary} entries, but the model's embedding only {rows} rows")
+
+
 def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
     """The model of `model_id`, weights in `precision.weights`. Raises ModelError."""
     options: dict[str, Any] = (
@@ -133,9 +155,7 @@ def architecture_config(fields: dict[str, Any], tokenizer: Any, context_length: 
         made = config_class(**{**special, **fields})
     except Exception as error:  # transformers validates with exceptions of its own, huggingface_hub's among them
         raise ModelError(f"model: transformers refuses this {model_type}: {str(error).strip()}") from error
-    positions = getattr(made, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions < context_length:
-        raise ModelError(f"context_length {context_length} is over the model's max_position_embeddings {positions}")
+    check_base(made, vocabulary, context_length)
     return made
 
 

@@ -7,13 +7,11 @@ the run is complete) and checkpoint/ (what `loradock push` publishes).
 """
 
 import json
-import resource
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +23,13 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from loradock_adapters.passport import Passport, PassportBase, weights_sha256, write_passport
+from loradock_adapters.errors import UsageError
+from loradock_adapters.passport import write_passport
 from loradock_train.card import model_card
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.dataset import Collator, DataReport, build_dataset
-from loradock_train.encode import Encoder, stop_token_ids
+from loradock_train.encode import Encoder
 from loradock_train.errors import DataError, OutputError, Problem
 from loradock_train.export import save_adapter, save_full, write_atomically
 from loradock_train.loss import can_own_loss
@@ -38,6 +37,8 @@ from loradock_train.model import (
     Precision,
     add_adapter,
     base_config,
+    check_base,
+    check_machine,
     count_parameters,
     decide_precision,
     inner_model,
@@ -47,13 +48,13 @@ from loradock_train.model import (
 from loradock_train.plot import plot_loss
 from loradock_train.progress import Meter, Reporter
 from loradock_train.proof import MAX_PROMPT_TOKENS, Proof, probe_logits, prove, reload_logits
+from loradock_train.report import Outcome, make_passport, summarise
 from loradock_train.rows import Rows, read_rows
 from loradock_train.schedule import Length, learning_rate_factor, length_of
 from loradock_train.tokenizer import make_tokenizer, padding_id
 from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
 
 OUR_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "run.json", "checkpoint")
-PACKAGES = ("loradock", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,24 @@ def train(
     """
     console = console if console is not None else Console(stderr=True)
     config, notices, name = _resolve(config, overrides)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("training with several processes is not there yet; start `loradock train` without a launcher")
     directory = Path(output if output is not None else config.output_dir or Path("runs") / name)
     _check_output(directory, overwrite)
     started_s = time.monotonic()
     set_seed(config.seed)
 
+    check_machine(config)
+    architecture = None if config.model_id is None else base_config(config)
     rows = read_rows(config.train_path, config.format, "train_path")
     tokenizer = make_tokenizer(config, rows)
+    if architecture is not None:
+        check_base(architecture, len(tokenizer), config.context_length)
     data = _load_data(config, rows, tokenizer)
     for key, report in data.reports.items():
         notices.extend(report.notices(key, config.context_length))
 
-    base_dtype = None if config.model_id is None else getattr(base_config(config), "dtype", None) or torch.float32
+    base_dtype = None if architecture is None else getattr(architecture, "dtype", None) or torch.float32
     precision = decide_precision(config, base_dtype)
     model: Any = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
     if torch.cuda.is_available():
@@ -141,7 +148,7 @@ def train(
     outcome = _fit(config, model, tokenizer, data, precision, directory, console)
 
     trained_logits = probe_logits(model, data.probes)
-    summary = _summary(config, model, data, precision, outcome, notices)
+    summary = summarise(config, model, data.reports, precision, outcome, notices)
     proof = _export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
     summary["proof"] = {
         "reloaded": proof.reloaded_difference,
@@ -246,19 +253,6 @@ def _announce(console: Console, config: TrainConfig, model: nn.Module, data: _Da
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Outcome:
-    """What training left behind, apart from the weights."""
-
-    steps: int
-    epochs: float
-    seconds: float
-    tokens: int
-    history: list[dict[str, Any]]
-    used_own_loss: bool
-    device: str
-
-
 def _fit(
     config: TrainConfig,
     model: Any,
@@ -267,7 +261,7 @@ def _fit(
     precision: Precision,
     directory: Path,
     console: Console,
-) -> _Outcome:
+) -> Outcome:
     collate = Collator(padding_id(tokenizer))
     first = {key: value.to(model.device) for key, value in collate([data.train[0]]).items()}
     use_own = can_own_loss(inner_model(model), first)
@@ -286,7 +280,7 @@ def _fit(
     model.__dict__.pop("forward", None)  # accelerate's autocast wrapper: proof and export want the bare model
     steps = trainer.state.global_step
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return _Outcome(
+    return Outcome(
         steps, steps / length.steps_per_epoch, meter.elapsed_s, meter.tokens, reporter.history, use_own, device
     )
 
@@ -339,87 +333,11 @@ def _export(
             save_full(model, tokenizer, temporary, precision.saved)
         reloaded = reload_logits(model, temporary, data.probes)
         proofs.append(prove(data.probes, base_logits, trained_logits, reloaded, precision.saved, config.kind))
-        write_passport(temporary, _passport(config, tokenizer, data, summary, proofs[0]))
+        write_passport(temporary, make_passport(config, tokenizer, data.rows.sha256, summary, proofs[0]))
         _write_text(temporary / "README.md", model_card(config, directory.resolve().name, summary))
 
     write_atomically(directory / "checkpoint", fill)
     return proofs[0]
-
-
-def _passport(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: _Data, summary: dict[str, Any], proof: Proof
-) -> Passport:
-    source = config.model_id
-    local = source is not None and Path(source).is_dir()
-    weights = weights_sha256(Path(source)) if source is not None and local else None
-    name = source if source is not None else f"scratch/{(config.model or {}).get('model_type')}"
-    return Passport(
-        base=PassportBase(model_id=name, weights_sha256=weights),
-        tokenizer_sha256=_tokenizer_sha256(tokenizer),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
-        stop_token_ids=stop_token_ids(tokenizer),
-        context_length=config.context_length,
-        metrics={key: summary[key] for key in ("final_train_loss", "final_eval_loss", "steps", "tokens")},
-        seed=config.seed,
-        data_sha256=data.rows.sha256,
-        versions=summary["versions"],
-        created_at=datetime.now(UTC),
-        probe=proof.passport_entry(),
-    )
-
-
-def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of tokenizer.json as it is saved; None for a tokenizer that has no such file."""
-    import hashlib
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        file = Path(folder) / "tokenizer.json"
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-
-
-def _summary(
-    config: TrainConfig, model: nn.Module, data: _Data, precision: Precision, outcome: _Outcome, notices: list[str]
-) -> dict[str, Any]:
-    count = count_parameters(model)
-    losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
-    evals = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory_bytes()
-    return {
-        "kind": config.kind,
-        "base": config.model_id,
-        "steps": outcome.steps,
-        "epochs": round(outcome.epochs, 4),
-        "train_seconds": round(outcome.seconds, 2),
-        "tokens": outcome.tokens,
-        "tokens_per_s": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds > 0 else None,
-        "final_train_loss": losses[-1] if losses else None,
-        "final_eval_loss": evals[-1] if evals else None,
-        "parameters": {"trainable": count.trainable, "total": count.total, "share": count.share},
-        "precision": {
-            "weights": str(precision.weights).removeprefix("torch."),
-            "arithmetic": precision.arithmetic,
-            "saved": str(precision.saved).removeprefix("torch."),
-        },
-        "peak_memory_bytes": peak,
-        "device": outcome.device,
-        "used_own_loss": outcome.used_own_loss,
-        "data": {key: asdict(report) for key, report in data.reports.items()},
-        "notices": notices,
-        "versions": {package: _version(package) for package in PACKAGES},
-    }
-
-
-def _peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -26,9 +26,7 @@ def make_tokenizer(config: TrainConfig, rows: Rows) -> PreTrainedTokenizerBase:
     chat rows."""
     options = config.tokenizer
     if options is not None and options.train_vocab_size is not None:
-        tokenizer: PreTrainedTokenizerBase = train_tokenizer(
-            _texts(rows, config), options.train_vocab_size, config.context_length
-        )
+        tokenizer: PreTrainedTokenizerBase = train_tokenizer(_texts(rows, config), options.train_vocab_size)
     else:
         source = options.path if options is not None and options.path is not None else config.model_id
         assert source is not None  # the config's validators saw to it
@@ -61,7 +59,7 @@ def padding_id(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def train_tokenizer(texts: Iterator[str], vocab_size: int, context_length: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with the special tokens of ChatML. Deterministic for the same texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -78,7 +76,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, context_length: int) 
         eos_token=END_OF_TEXT,
         pad_token=PADDING,
         extra_special_tokens=[TURN_START, TURN_END],
-        model_max_length=context_length,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHATML

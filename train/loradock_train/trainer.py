@@ -91,7 +91,7 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
     else:
         evaluation = {"eval_strategy": "epoch"}
     has_gpu = torch.cuda.is_available()
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         max_steps=length.max_steps,
         per_device_train_batch_size=config.train_batch_size_per_device,
@@ -119,6 +119,8 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
         dataloader_pin_memory=has_gpu,
         **evaluation,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would mean the old DataParallel
+    return arguments
 
 
 def loss_context(model: PreTrainedModel, use_own: bool) -> contextlib.AbstractContextManager[None]:

@@ -22,14 +22,15 @@ def train(
     from loradock_train.config_file import load_config
 
     load_config(config, set_ or [])  # a typo is told before the heavy imports, not after ten seconds
-    import json
-
-    from rich.console import Console
     from transformers.utils import logging
 
+    from loradock_adapters.console import err, out, out_json
     from loradock_train.run import train as run_training
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    run = run_training(config, overrides=set_ or [], output=output, overwrite=overwrite, console=Console(stderr=True))
-    typer.echo(json.dumps(run.summary, indent=2) if as_json else str(run.checkpoint))
+    run = run_training(config, overrides=set_ or [], output=output, overwrite=overwrite, console=err)
+    if as_json:
+        out_json(run.summary)
+    else:
+        out(str(run.checkpoint))
