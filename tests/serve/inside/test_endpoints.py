@@ -1,0 +1,258 @@
+"""The engine's private routes: in front of a fake registry of models, and in a real engine."""
+
+import asyncio
+import json
+from argparse import Namespace
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from loradock_serve.inside.endpoints import LoradockEndpoints
+from loradock_serve.inside.plugin import CORRECTED_WRAPPER, STOCK_WRAPPER
+from loradock_testing.isolation import BASE, SLOTS, World
+from loradock_testing.tiny_models import make_adapter
+from loradock_testing.vllm_server import VllmServer
+
+
+class FakeModels:
+    """vLLM's registry of served models: refuses any path with `bad` in it, as vLLM does."""
+
+    def __init__(self) -> None:
+        self.lora_requests: dict[str, Any] = {}
+        self.loads = 0
+
+    def is_base_model(self, name: str) -> bool:
+        return name == BASE
+
+    async def load_lora_adapter(self, request: Any) -> Any:
+        self.loads += 1
+        await asyncio.sleep(0)
+        if "bad" in request.lora_path:
+            return SimpleNamespace(error=SimpleNamespace(message="rank 64 is over max_lora_rank 16", code=500))
+        if request.lora_name in self.lora_requests:
+            return SimpleNamespace(error=SimpleNamespace(message="has already been loaded", code=400))
+        number = self.loads
+        self.lora_requests[request.lora_name] = SimpleNamespace(lora_path=request.lora_path, lora_int_id=number)
+        return "Success"
+
+    async def unload_lora_adapter(self, request: Any) -> str:
+        del self.lora_requests[request.lora_name]
+        return "Success"
+
+
+class FakeEngine:
+    """vLLM's engine client: remembers which adapters it was told to remove."""
+
+    def __init__(self, *, lora: bool = True, wrapper: str = CORRECTED_WRAPPER) -> None:
+        self.errored = False
+        self.removed: list[int] = []
+        self.worker = {"device": "cpu", "wrappers": [wrapper], "active": [1, None, 9], "loaded": [1, 9]}
+        config = SimpleNamespace(max_loras=3, max_cpu_loras=6, max_lora_rank=16)
+        self.vllm_config = SimpleNamespace(
+            lora_config=config if lora else None,
+            device_config=SimpleNamespace(device="cpu"),
+            scheduler_config=SimpleNamespace(max_num_seqs=64),
+            model_config=SimpleNamespace(max_model_len=256, dtype="torch.float32"),
+        )
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        self.removed.append(lora_id)
+        return True
+
+    async def collective_rpc(self, method: str) -> list[dict[str, Any]]:
+        assert self.vllm_config.lora_config is not None, "an engine without LoRA has no such method"
+        return [self.worker]
+
+
+async def app_client(engine: FakeEngine, models: FakeModels) -> httpx.AsyncClient:
+    app = FastAPI()
+    endpoints = LoradockEndpoints()
+    endpoints.attach_router(app)
+    app.state.openai_serving_models = models
+    await endpoints.init_state(engine, app.state, Namespace())
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://engine")
+
+
+@pytest.fixture
+def fake_engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def models() -> FakeModels:
+    return FakeModels()
+
+
+@pytest.fixture
+async def client(fake_engine: FakeEngine, models: FakeModels) -> AsyncIterator[httpx.AsyncClient]:
+    async with await app_client(fake_engine, models) as client:
+        yield client
+
+
+def adapter_at(directory: Path) -> str:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "adapter_config.json").write_text("{}")
+    return str(directory)
+
+
+async def test_load_makes_the_name_served(client: httpx.AsyncClient, models: FakeModels, tmp_path: Path) -> None:
+    path = adapter_at(tmp_path)
+
+    response = await client.post("/loradock/adapters/load", json={"name": "a", "path": path})
+
+    assert response.json() == {"name": "a", "path": path, "created": True}
+    assert models.lora_requests["a"].lora_path == path
+
+
+async def test_load_of_the_same_twice_at_once_loads_once(
+    client: httpx.AsyncClient, models: FakeModels, tmp_path: Path
+) -> None:
+    body = {"name": "a", "path": adapter_at(tmp_path)}
+
+    responses = await asyncio.gather(*(client.post("/loradock/adapters/load", json=body) for _ in range(8)))
+
+    assert {response.status_code for response in responses} == {200}
+    assert sum(response.json()["created"] for response in responses) == 1
+    assert models.loads == 1
+
+
+async def test_load_of_a_loaded_name_from_elsewhere_conflicts(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path / "1")})
+
+    response = await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path / "2")})
+
+    assert response.status_code == 409
+    assert str(tmp_path / "1") in response.json()["error"]["message"]
+
+
+async def test_load_under_the_bases_name_conflicts(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    response = await client.post("/loradock/adapters/load", json={"name": BASE, "path": adapter_at(tmp_path)})
+
+    assert response.status_code == 409
+
+
+@pytest.mark.parametrize("path", ["org/adapter", "/nowhere/at/all"])
+async def test_load_of_what_is_no_adapter_directory_never_reaches_vllm(
+    client: httpx.AsyncClient, models: FakeModels, path: str
+) -> None:
+    response = await client.post("/loradock/adapters/load", json={"name": "a", "path": path})
+
+    assert response.status_code == 400
+    assert models.loads == 0
+
+
+async def test_load_that_vllm_refuses_with_500_is_the_clients_error_with_its_reason(
+    client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    response = await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path / "bad")})
+
+    assert response.status_code == 422
+    assert "rank 64 is over max_lora_rank 16" in response.json()["error"]["message"]
+
+
+async def test_unload_forgets_the_name_and_removes_the_weights(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, models: FakeModels, tmp_path: Path
+) -> None:
+    await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path)})
+
+    response = await client.post("/loradock/adapters/unload", json={"name": "a"})
+
+    assert response.json() == {"name": "a", "freed": True}
+    assert fake_engine.removed == [1]
+    assert not models.lora_requests
+
+
+async def test_unload_of_an_unknown_name_is_404(client: httpx.AsyncClient) -> None:
+    response = await client.post("/loradock/adapters/unload", json={"name": "a"})
+
+    assert response.status_code == 404
+
+
+async def test_routes_of_a_dead_engine_answer_503(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    fake_engine.errored = True
+    body = {"name": "a", "path": adapter_at(tmp_path)}
+
+    assert (await client.post("/loradock/adapters/load", json=body)).status_code == 503
+    assert (await client.get("/loradock/status")).status_code == 503
+
+
+async def test_status_names_what_lies_in_the_slots(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path)})
+
+    status = (await client.get("/loradock/status")).json()
+
+    assert status["active"] == ["a", None, "unnamed:9"]
+    assert status["registered"] == ["a"]
+    assert status["lora_wrapper"] == CORRECTED_WRAPPER
+    assert status["corrected"] is True
+    assert (status["max_loras"], status["max_num_seqs"], status["dtype"]) == (3, 64, "float32")
+
+
+async def test_status_with_the_stock_wrapper_on_cpu_is_not_corrected(models: FakeModels) -> None:
+    async with await app_client(FakeEngine(wrapper=STOCK_WRAPPER), models) as client:
+        status = (await client.get("/loradock/status")).json()
+
+    assert status["corrected"] is False
+
+
+async def test_status_without_lora_has_nothing_to_correct(models: FakeModels, tmp_path: Path) -> None:
+    async with await app_client(FakeEngine(lora=False), models) as client:
+        status = (await client.get("/loradock/status")).json()
+        load = await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path)})
+
+    assert (status["lora_wrapper"], status["corrected"], status["max_loras"]) == (None, True, 0)
+    assert load.status_code == 409
+
+
+@pytest.mark.engine
+async def test_real_engine_reports_the_corrected_wrapper(engine: VllmServer) -> None:
+    async with engine.client() as client:
+        status = (await client.get("/loradock/status")).json()
+
+    assert status["lora_wrapper"] == CORRECTED_WRAPPER
+    assert status["corrected"] is True
+    assert (status["device"], status["max_loras"], len(status["active"])) == ("cpu", SLOTS, SLOTS)
+
+
+@pytest.mark.engine
+async def test_real_engine_unload_frees_the_weights(engine: VllmServer, world: World) -> None:
+    body = {"name": "leaving", "path": str(world.adapters["a2"])}
+    completion = {"model": "leaving", "prompt": "def", "max_tokens": 1}
+    async with engine.client() as client:
+        await client.post("/loradock/adapters/load", json=body)
+        before = (await client.get("/loradock/status")).json()
+
+        response = await client.post("/loradock/adapters/unload", json={"name": "leaving"})
+
+        after = (await client.get("/loradock/status")).json()
+        asked = await client.post("/v1/completions", json=completion)
+    assert response.json()["freed"] is True
+    assert "leaving" in before["loaded"]
+    assert len(after["loaded"]) == len(before["loaded"]) - 1
+    assert not {"leaving"} & {*after["registered"], *after["active"], *after["loaded"]}
+    assert asked.status_code == 404
+
+
+@pytest.mark.engine
+async def test_real_engine_refuses_bad_adapters_as_the_clients_error_and_lives(
+    engine: VllmServer, world: World, tmp_path: Path
+) -> None:
+    too_large = make_adapter(tmp_path / "rank64", world.base_dir, 1, rank=64)
+    unsupported = make_adapter(tmp_path / "dora", world.base_dir, 1, rank=4)
+    config = json.loads((unsupported / "adapter_config.json").read_text())
+    (unsupported / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    async with engine.client() as client:
+        for path, reason in ((too_large, "64"), (unsupported, "DoRA")):
+            response = await client.post("/loradock/adapters/load", json={"name": "bad", "path": str(path)})
+
+            assert response.status_code == 422
+            assert reason in response.json()["error"]["message"]
+        assert (await client.get("/health")).status_code == 200
+        assert "bad" not in (await client.get("/loradock/status")).json()["registered"]
