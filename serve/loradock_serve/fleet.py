@@ -21,7 +21,7 @@ from loradock_serve.config import DedicatedConfig, EngineConfig
 from loradock_serve.engine import AttachedEngine, Engine, EngineStart
 from loradock_serve.engine_client import EngineClient
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, EngineUnavailableError
+from loradock_serve.errors import ConflictError, EngineRefusedError, EngineUnavailableError
 from loradock_serve.loader import AdapterLoader
 
 log = logging.getLogger("loradock.fleet")
@@ -142,13 +142,28 @@ class Fleet:
             start = await self.base.ensure_ready(max(0.0, deadline - time.monotonic()))
             self.refuse_without_plugin(start)
             try:
-                await self.loader.ensure_loaded(start, version.digest, self._weights.adapter_dir(version))
+                await self.load(start, version.digest, self._weights.adapter_dir(version))
             except EngineUnavailableError:
                 if time.monotonic() >= deadline or await start.client.is_healthy() is not False:
                     raise
                 self.base.suspect()
             else:
                 return start
+
+    async def load(self, start: EngineStart, digest: str, directory: Path) -> None:
+        """Have the base's engine load an adapter, once. EngineRefusedError, or ConflictError by an attached engine.
+
+        What we start reads our store; an engine that something else runs may not see the same files.
+        """
+        try:
+            await self.loader.ensure_loaded(start, digest, directory)
+        except EngineRefusedError as error:
+            if isinstance(self.base, AttachedEngine):
+                raise ConflictError(
+                    f"The attached engine serves the base only, as far as this adapter goes: {error}. Does it see this "
+                    "gateway's data_dir under the same path?"
+                ) from error
+            raise
 
     def lost(self, target: Target) -> None:
         """The base's engine does not know the adapter that a request was to run on: look who it is, load it again."""

@@ -148,7 +148,7 @@ class Publisher:
             return False
         self._fleet.refuse_without_plugin(start)
         try:
-            await self._fleet.loader.ensure_loaded(start, digest, directory)
+            await self._fleet.load(start, digest, directory)
         except EngineRefusedError as error:
             fix = "the gate let pass what the engine cannot load: please report this adapter's config and tensor names"
             raise RefusedError([Problem("engine_refused", str(error), "", fix)]) from error
