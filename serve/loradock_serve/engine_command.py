@@ -168,9 +168,10 @@ def _environment(config: EngineConfig, machine: Machine) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore::DeprecationWarning",
     }
     if machine.device == "cpu":
+        if config.kv_cache_gib is not None:
+            environment["VLLM_CPU_KVCACHE_SPACE"] = f"{config.kv_cache_gib:g}"
         share = max(1, min(4, machine.memory_bytes // (8 * GIB)))
-        kv_cache_gib = config.kv_cache_gib if config.kv_cache_gib is not None else share
-        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", f"{kv_cache_gib:g}")
+        environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(share))
         environment |= _threads(config, machine)
     return environment
 

@@ -144,7 +144,8 @@ def test_done_inside_a_text_is_no_end() -> None:
 
 def test_usage_that_is_no_object_is_ignored() -> None:
     usage = Usage()
-    for odd in (None, [], {"prompt_tokens": "3"}, {"completion_tokens": 3}):
+    odds: list[Any] = [None, [], {"prompt_tokens": "3"}, {"completion_tokens": 3}]
+    for odd in odds:
         usage.take(odd)
     assert usage == Usage(0, 0)
     usage.take({"prompt_tokens": 3})  # embeddings have no completion
