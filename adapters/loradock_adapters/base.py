@@ -50,6 +50,10 @@ class BaseModel:
         """Whether adapters can be compared with it at all."""
         return bool(self.modules)
 
+    @property
+    def multimodal(self) -> bool:
+        return any(key in self.config for key in ("vision_config", "audio_config"))
+
     def has(self, module: str) -> bool:
         """Whether there is such a module, with or without a matrix (a norm, say)."""
         if module in self.modules or f"{module}.weight" in self.tensor_names:

@@ -20,6 +20,15 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 MAX_LM_HEAD_VOCAB = 258_048
 """An engine with LoRA refuses to wrap an output matrix over more tokens than this."""
 
+TOWER_PARTS = frozenset(
+    {
+        "visual", "vision_tower", "vision_model", "vision_encoder", "audio_tower", "audio_model", "connector",
+        "multi_modal_projector", "mm_projector", "embed_vision", "embed_audio", "merger",
+    }
+)  # fmt: skip
+"""Parts of module names outside a multimodal model's language model. The engine loads their LoRA and leaves it out,
+with no more than a line in its log, unless it runs with enable_tower_connector_lora."""
+
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 """Tensor types that an adapter's matrices may have; the engine casts them to its own."""
 

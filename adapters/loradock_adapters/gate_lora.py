@@ -16,6 +16,7 @@ from loradock_adapters.engine_rules import (
     FLOAT_DTYPES,
     KNOWN_SETTINGS,
     MAX_LM_HEAD_VOCAB,
+    TOWER_PARTS,
     EngineLimits,
     architecture_rules,
     ladder_rank,
@@ -245,6 +246,9 @@ def _judge_against_base(
         if key.part in ("full", "base_layer") and key.module in base.modules:
             _judge_full_shape(key, checkpoint.tensors[key.tensor], base, findings)
     _judge_embeddings(pairs, base, findings)
+    if base.multimodal:
+        outside = [pair.module for pair in pairs if not TOWER_PARTS.isdisjoint(pair.module.split("."))]
+        findings.detour_all("tower_lora", "the engine leaves out what is outside the language model", outside)
     _judge_targets(checkpoint.config.get("target_modules"), pairs, base, findings)
 
 

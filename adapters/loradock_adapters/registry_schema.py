@@ -75,7 +75,7 @@ def open_database(url: str) -> sa.Engine:
             _prepare_sqlite(engine)
         with _one_at_a_time(engine):
             _migrate(engine)
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, OSError) as error:
         shown = sa.engine.make_url(url).render_as_string(hide_password=True)
         raise RegistryError(f"the registry {shown} cannot be opened: {error}") from error
     return engine

@@ -23,6 +23,7 @@ from loradock_testing.checkpoints import (
     Tensor,
     f32,
     lora_tensors,
+    safetensors_bytes,
     write_adapter,
     write_json,
     zeros,
@@ -345,6 +346,21 @@ def test_architecture_decides_what_can_be_wrapped(
     base = base_from({**LLAMA, "architectures": [architecture]}, model_id="base")
     verdict = verdict_of(write_adapter(tmp_path, targets=targets), base)
     assert (verdict.placement, codes(verdict)) == ("dedicated" if expected else "shared", expected)
+
+
+def test_factors_outside_a_multimodal_models_language_model_are_dedicated(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {"architectures": ["Idefics3ForConditionalGeneration"], "text_config": {}, "vision_config": {}}
+    write_json(base / "config.json", config)
+    text, tower = "model.text_model.layers.0.self_attn.q_proj", "model.vision_model.encoder.layers.0.self_attn.q_proj"
+    (base / "model.safetensors").write_bytes(safetensors_bytes({f"{m}.weight": f32(16, 16) for m in (text, tower)}))
+    for modules, expected in (((text,), []), ((text, tower), ["tower_lora"])):
+        tensors = {f"{PREFIX}{module}.lora_A.weight": f32(4, 16) for module in modules}
+        tensors |= {f"{PREFIX}{module}.lora_B.weight": f32(16, 4) for module in modules}
+        write_adapter(tmp_path / "adapter", tensors, target_modules=["q_proj"])
+        verdict = verdict_of(tmp_path / "adapter", base_from(base, model_id="base"))
+        assert (verdict.placement, codes(verdict)) == ("dedicated" if expected else "shared", expected)
 
 
 def test_gpt2_base_is_dedicated(tmp_path: Path) -> None:

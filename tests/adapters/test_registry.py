@@ -298,6 +298,11 @@ def test_file_that_is_no_database_refused(url: str, tmp_path: Path) -> None:
         Registry(url)
 
 
+def test_folder_that_is_missing_refused(tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="cannot be opened"):
+        Registry(f"sqlite:///{tmp_path}/none/registry.db")
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
 def test_in_memory_database_refused(url: str) -> None:
     with pytest.raises(RegistryError, match="needs a file"):
