@@ -6,6 +6,7 @@ engine's first process exits (its children must not keep memory or the socket), 
 end-of-file on standard input. Exits with the engine's own status.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -24,16 +25,21 @@ def main(command: list[str]) -> int:
     wake_read = _wakeup_pipe()
     engine = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     stopping_since: float | None = None
+    orphaned = False
     while engine.poll() is None:
         watched = [wake_read] if stopping_since is not None else [sys.stdin.fileno(), wake_read]
         readable, _, _ = select.select(watched, [], [], POLL_S)
-        if stopping_since is None and _asked_to_stop(readable, wake_read):
-            stopping_since = time.monotonic()
-            engine.terminate()
+        if stopping_since is None:
+            orphaned = _gateway_gone(readable)
+            if orphaned or _signalled(readable, wake_read):
+                stopping_since = time.monotonic()
+                engine.terminate()
         if stopping_since is not None and time.monotonic() - stopping_since > GRACE_S:
             break
     kill_group_but_me()
     status = engine.wait()
+    if orphaned:
+        _remove_socket(command)
     return status if status >= 0 else 128 - status
 
 
@@ -47,10 +53,22 @@ def _wakeup_pipe() -> int:
     return wake_read
 
 
-def _asked_to_stop(readable: list[int], wake_read: int) -> bool:
-    gateway_gone = sys.stdin.fileno() in readable and not os.read(sys.stdin.fileno(), 1)
-    signalled = wake_read in readable and bool(STOP_SIGNALS & set(os.read(wake_read, 64)))
-    return gateway_gone or signalled
+def _gateway_gone(readable: list[int]) -> bool:
+    return sys.stdin.fileno() in readable and not os.read(sys.stdin.fileno(), 1)
+
+
+def _signalled(readable: list[int], wake_read: int) -> bool:
+    return wake_read in readable and bool(STOP_SIGNALS & set(os.read(wake_read, 64)))
+
+
+def _remove_socket(command: list[str]) -> None:
+    """The engine's socket, and the directory that a gateway which is gone made for its sockets, once it is empty."""
+    if "--uds" in command[:-1]:
+        socket = command[command.index("--uds") + 1]
+        with contextlib.suppress(OSError):
+            os.unlink(socket)  # noqa: PTH108 - plain names are wanted
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(socket))  # noqa: PTH106, PTH120
 
 
 def kill_group_but_me() -> None:
