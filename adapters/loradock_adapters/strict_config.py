@@ -35,6 +35,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
+def parse_value(text: str) -> Any:
+    """One YAML value, by the rules of the files: what stands behind `--set key=`. ValueError if it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text!r} is not a YAML value") from error
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML's own rule, which PyYAML does not keep: a key may stand once in a mapping. And 1e-4 is a number."""
 

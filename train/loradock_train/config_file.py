@@ -15,20 +15,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from loradock_adapters.errors import UsageError
+from loradock_adapters.strict_config import parse_value, read_yaml
 from loradock_train.config import LoraOptions, TokenizerOptions, TrainConfig
 from loradock_train.errors import ConfigError, Problem
 
 Keys = tuple[str, ...]
 SECTIONS: dict[str, type[BaseModel]] = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML reads `1e-4` as text, which every learning rate trips over."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
@@ -38,11 +30,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
     Raises ConfigError (all problems at once) or UsageError (no such file, broken YAML, malformed override).
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the config {path}: {error}") from error
-    values, lines = _parse(text, str(path))
+    values = read_yaml(path)
+    lines = _lines(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
     for override in overrides:
         _apply(values, override)
         lines.pop(tuple(override.partition("=")[0].split(".")), None)
@@ -67,36 +56,16 @@ def config_from(
 # ---- YAML ---------------------------------------------------------------------------------------------------------
 
 
-def _parse(text: str, source: str) -> tuple[dict[str, Any], dict[Keys, int]]:
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else 0
-        raise UsageError(f"{source}, line {line}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"{source}: not valid YAML: {error}") from error
-    if not isinstance(node, yaml.MappingNode) or not isinstance(values, dict):
-        raise UsageError(f"{source}: expected `key: value` lines at the top, found {type(values).__name__}")
-    lines: dict[Keys, int] = {}
-    problems: list[Problem] = []
-    _walk(node, (), lines, problems)
-    if problems:
-        raise ConfigError(f"{source} has keys given twice:", problems)
-    return values, lines
-
-
-def _walk(node: yaml.Node, prefix: Keys, lines: dict[Keys, int], problems: list[Problem]) -> None:
-    """Note the line of every key; YAML lets a second one win in silence, we do not."""
+def _lines(node: yaml.Node | None, prefix: Keys = ()) -> dict[Keys, int]:
+    """The 1-based line of every key, by its path."""
     if not isinstance(node, yaml.MappingNode):
-        return
+        return {}
+    found: dict[Keys, int] = {}
     for key_node, value_node in node.value:
         keys = (*prefix, str(key_node.value))
-        line = key_node.start_mark.line + 1
-        if keys in lines:
-            problems.append(Problem(f"line {line}, {'.'.join(keys)}", f"already given on line {lines[keys]}"))
-        lines[keys] = line
-        _walk(value_node, keys, lines, problems)
+        found[keys] = key_node.start_mark.line + 1
+        found.update(_lines(value_node, keys))
+    return found
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -105,9 +74,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not name.strip():
         raise UsageError(f"--set {override!r}: expected key=value, for example --set lora_config.r=16")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {name}: {text!r} is not a YAML value") from error
+        value = parse_value(text)
+    except ValueError as error:
+        raise UsageError(f"--set {name}: {error}") from error
     *sections, last = name.strip().split(".")
     target = values
     for section in sections:
