@@ -211,6 +211,7 @@ def test_light_client_can_do_everything(server: State, tmp_path: Path) -> None:
     ):
         ran = light(*arguments)
         assert ran.returncode == 0, (arguments, ran.stderr)
+        assert ("values were not looked at" in ran.stderr) == (arguments[0] == "inspect")
 
 
 def test_command_whose_packages_are_missing_names_the_extra(
