@@ -43,8 +43,10 @@ MIN_WINDOW_LINES = 3
 
 # What is not the library itself, what some distributions leave out, and what is data written as code.
 SKIPPED = frozenset(
-    "site-packages dist-packages test tests idle_test idlelib lib2to3 distutils tkinter turtledemo ensurepip "
-    "encodings pydoc_data __pycache__".split()
+    {
+        *("site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "tkinter"),
+        *("turtledemo", "ensurepip", "encodings", "pydoc_data", "__pycache__"),
+    }
 )
 KEYWORD_LINE = re.compile(rf"^(\s*)({'|'.join(KEYWORDS)})\b(?=.*\w)")
 
@@ -285,11 +287,11 @@ def describe(data: Quickstart) -> Iterator[str]:
     """What was made, for people."""
     yield f"base: {len(data.base_texts)} files, {sum(map(len, data.base_texts)) / 1e6:.1f} MB of source"
     for task in data.train:
-        counts = Counter(row.completion.strip() for row in data.train[task])
+        counts = Counter(row.completion.strip() for row in data.train[task]).most_common()
         _, constant = best_constant(data.held_out[task])
         yield (
-            f"{task}: {len(data.train[task])} rows to train on, {len(data.held_out[task])} held out "
-            f"(the best constant answer scores {constant:.2f}): {', '.join(f'{k} {n}' for k, n in counts.most_common())}"
+            f"{task}: {len(data.train[task])} rows to train on ({', '.join(f'{name} {n}' for name, n in counts)}), "
+            f"{len(data.held_out[task])} held out (the best constant answer scores {constant:.2f})"
         )
 
 
