@@ -252,13 +252,16 @@ class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
     def _add_bundle(
         self, bundle: Bundle, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
     ) -> None:
-        """Batched products over a range of slots: m padded rows for each."""
-        slots = range(bundle.first_slot, bundle.end_slot)
+        """Batched products over k slots: m padded rows for each."""
+        slots = bundle.slots
         if all(self._slot_weights(slot, a, b) is None for slot in slots):
             return
         rank = max(self._ranks.get(slot, a.shape[-2]) for slot in slots)
-        a = a[bundle.first_slot : bundle.end_slot, 0, :rank]  # (k, r, h)
-        b = b[bundle.first_slot : bundle.end_slot, 0, : y.shape[1], :rank]  # (k, o, r)
+        a, b = a[:, 0, :rank], b[:, 0, : y.shape[1], :rank]
+        if bundle.picked is None:
+            a, b = a[slots[0] : slots[-1] + 1], b[slots[0] : slots[-1] + 1]  # (k, r, h), (k, o, r)
+        else:
+            a, b = a.index_select(0, bundle.picked), b.index_select(0, bundle.picked)
         gathered = x.index_select(0, bundle.gather).to(a.dtype).view(len(slots), -1, x.shape[1])  # (k, m, h)
         shrunk = torch.bmm(gathered, a.transpose(1, 2))  # (k, m, r)
         if scale != 1.0:

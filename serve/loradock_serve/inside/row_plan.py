@@ -18,10 +18,13 @@ import torch
 
 NO_ADAPTER = -1
 
-SMALL_ROWS = 8
-"""Groups up to this size may go into a bundle: padded to one size and multiplied in one batched product."""
-BUNDLE_FROM = 6
-"""From how many small groups on a bundle is cheaper than a product each (benchmarks/cpu_lora_kernel.py)."""
+SMALL_ROWS = (16, 4)
+"""Groups up to this size may go into a bundle, padded to one size and multiplied in one batched product; the second
+size is tried where the first would pad too much."""
+MAX_PADDING = 2.5
+"""How many rows a bundle may multiply for each row that it is for."""
+BUNDLE_FROM = 4
+"""From how many small groups on a bundle is cheaper than a product each (measured: 2 to 8, by width and dtype)."""
 
 Slots = npt.NDArray[np.int64]
 
@@ -36,12 +39,14 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Bundle:
-    """Small groups of a range of slots, each padded to m rows."""
+    """Small groups, each padded to m rows."""
 
-    first_slot: int
-    end_slot: int
+    slots: tuple[int, ...]
+    """In rising order; also some that no row wants, where that makes them a range."""
+    picked: torch.Tensor | None
+    """The slots as an index; None if they are a range, whose weights need no copy."""
     gather: torch.Tensor
-    """((end_slot - first_slot) * m,) rows of the batch to multiply, slot by slot; padding repeats some row."""
+    """(len(slots) * m,) rows of the batch to multiply, slot by slot; padding repeats some row."""
     rows: torch.Tensor
     """(rows with one of these adapters,) where the results belong in the batch."""
     kept: torch.Tensor | None
@@ -120,19 +125,27 @@ def _runs(slots: Slots) -> tuple[Segment, ...]:
 
 
 def _bundle(slots: Slots, bundle_from: int) -> Bundle | None:
-    """Bundle the small groups, if they are many and lie densely enough in the range of slots."""
+    """Bundle the small groups, if they are many and of about one size."""
     counts = np.bincount(slots[slots != NO_ADAPTER], minlength=1)
-    small = np.flatnonzero((counts > 0) & (counts <= SMALL_ROWS))
-    if len(small) < bundle_from:
-        return None
-    first, end = int(small[0]), int(small[-1]) + 1
-    if end - first > 2 * len(small):
-        return None
-    size = int(counts[small].max())
+    for largest in SMALL_ROWS:
+        small = np.flatnonzero((counts > 0) & (counts <= largest))
+        if len(small) < bundle_from:
+            return None
+        span = np.arange(small[0], small[-1] + 1)
+        is_dense = len(span) <= 2 * len(small)  # reading an idle slot is cheaper than copying a busy one
+        used, size = span if is_dense else small, int(counts[small].max())
+        if len(used) * size <= MAX_PADDING * counts[small].sum():
+            return _pad(slots, counts, small, used, size, None if is_dense else torch.from_numpy(small))
+    return None
+
+
+def _pad(slots: Slots, counts: Slots, small: Slots, used: Slots, size: int, picked: torch.Tensor | None) -> Bundle:
+    """Lay the rows of the small groups out in a table of `size` rows for each slot used."""
     rows = np.flatnonzero(np.isin(slots, small))
     rows = rows[np.argsort(slots[rows], kind="stable")]
-    places = np.concatenate([(slot - first) * size + np.arange(counts[slot]) for slot in small])
-    gather = np.full((end - first) * size, rows[0])
+    first_places = np.searchsorted(used, small) * size
+    places = np.concatenate([place + np.arange(counts[slot]) for place, slot in zip(first_places, small, strict=True)])
+    gather = np.full(len(used) * size, rows[0])
     gather[places] = rows
     kept = None if len(places) == len(gather) else torch.from_numpy(places)
-    return Bundle(first, end, torch.from_numpy(gather), torch.from_numpy(rows), kept)
+    return Bundle(tuple(used.tolist()), picked, torch.from_numpy(gather), torch.from_numpy(rows), kept)

@@ -13,6 +13,8 @@ from loradock_serve.inside.cpu_lora import AdapterRowsError, CorrectedPunicaWrap
 HIDDEN, MAX_RANK, SLOTS, VOCABULARY = 48, 8, 16, 60
 QKV, GATE_UP, ONE = (32, 16, 16), (40, 40), (24,)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
+FAR_APART = [1, 0, 6, 11, 16]
+"""Slots that make a bundle pick its weights, if they are not shuffled."""
 MIXTURES = {
     "nothing": [0] * 9,
     "one adapter": [3] * 9,
@@ -25,6 +27,7 @@ MIXTURES = {
     "many and a long prompt": [0, 1, 2, 3, 4, 5, 6, 7, 8] + [9] * 40,
     "few slots far apart": [1, 1, SLOTS, SLOTS, 1, 0],
     "single row": [4],
+    "single rows of slots far apart": FAR_APART,
 }
 RANKS = {"full": [MAX_RANK], "own": [1, 8, 3, 5], "untold": None}
 
@@ -99,7 +102,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) 
 def test_linear_equals_naive(
     mixture: list[int], outputs: tuple[int, ...], ranks: list[int] | None, dtype: torch.dtype
 ) -> None:
-    slot_to_id = shuffled_slots()
+    slot_to_id = shuffled_slots() if mixture != FAR_APART else list(range(1, SLOTS + 1))
     a, b = weights(outputs, dtype, ranks)
     x, y = torch.randn(len(mixture), HIDDEN).to(dtype), torch.randn(len(mixture), sum(outputs)).to(dtype)
     before = y.clone()

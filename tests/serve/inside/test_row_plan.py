@@ -19,9 +19,10 @@ def rows_by_slot(plan: RowPlan) -> dict[int, list[int]]:
         gather = bundle.gather.numpy()
         kept = np.arange(len(gather)) if bundle.kept is None else bundle.kept.numpy()
         assert gather[kept].tolist() == bundle.rows.tolist()
-        size = len(gather) // (bundle.end_slot - bundle.first_slot)
+        size = len(gather) // len(bundle.slots)
+        assert (bundle.picked is None) == (list(bundle.slots) == list(range(bundle.slots[0], bundle.slots[-1] + 1)))
         for place in kept.tolist():
-            found.setdefault(bundle.first_slot + place // size, []).append(int(gather[place]))
+            found.setdefault(bundle.slots[place // size], []).append(int(gather[place]))
     return {slot: sorted(rows) for slot, rows in found.items()}
 
 
@@ -49,6 +50,14 @@ def test_plan_of_many_single_rows_is_one_bundle() -> None:
     assert not plan.segments
     assert plan.bundle is not None
     assert plan.bundle.kept is None
+
+
+def test_plan_of_single_rows_in_slots_far_apart_picks_the_slots() -> None:
+    plan = RowPlan.of(np.arange(5) * 9)
+
+    assert plan.bundle is not None
+    assert plan.bundle.slots == (0, 9, 18, 27, 36)
+    assert plan.bundle.picked is not None
 
 
 def test_slots_of_translates_ids_and_keeps_the_base_apart() -> None:
