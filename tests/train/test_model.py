@@ -1,5 +1,6 @@
 """Models, adapters and types: what is made, and what is refused with a reason."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loradock_train.model import (
     add_adapter,
     architecture_config,
     base_config,
+    base_directory,
     check_base,
     check_machine,
     count_parameters,
@@ -108,6 +110,26 @@ def test_base_whose_embedding_is_smaller_than_its_tokenizer_is_refused(base: Pat
     with pytest.raises(ModelError, match="context_length 1024 is over the model's max_position_embeddings 512"):
         check_base(architecture_of_base, 512, 1024)
     check_base(architecture_of_base, 512, 512)
+
+
+def test_base_that_wants_to_run_its_own_code_is_refused_without_a_question(base: Path, tmp_path: Path) -> None:
+    described = json.loads((base / "config.json").read_text())
+    described.update(model_type="home_made", auto_map={"AutoConfig": "code.HomeMade"})
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match="no model could be loaded"):
+        base_config(config(model_id=str(tmp_path)))
+
+
+def test_weights_of_a_hub_model_are_those_of_its_snapshot(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert base_directory(str(base)) == base
+    monkeypatch.setattr("loradock_train.model.cached_file", lambda *_, **__: str(base / "config.json"))
+    assert base_directory("org/model") == base
+    monkeypatch.setattr("loradock_train.model.cached_file", lambda *_, **__: str(tmp_path / "config.json"))
+    assert base_directory("org/model") is None, "no safetensors: no hash, and no crash after the training"
+    monkeypatch.setattr("loradock_train.model.cached_file", lambda *_, **__: None)
+    assert base_directory("org/model") is None
 
 
 @pytest.mark.parametrize(

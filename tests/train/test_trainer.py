@@ -1,12 +1,15 @@
 """The trainer's arithmetic: accumulation, validation, limits."""
 
+import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,3 +139,12 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(
     first, again, other = (weights(run)["lm_head.weight"] for run in runs)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_progress_shows_steps_loss_speed_and_time_left(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:
+    screen = Console(file=io.StringIO(), width=200)
+    train(options(base, write_rows("rows.jsonl", ROWS), max_steps=3), output=tmp_path / "run", console=screen)
+    assert isinstance(screen.file, io.StringIO)
+    shown = screen.file.getvalue()
+    assert re.search(r"full: [\d,]+ of [\d,]+ parameters trained \(100\.000%\), 12 completion rows", shown)
+    assert re.search(r"training .*step 3/3  loss \d+\.\d{3}  [\d,]+ tokens/s  0:00 left", shown)

@@ -7,6 +7,7 @@ import difflib
 import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
 
 from loradock_train.config import LoraOptions, TrainConfig
 from loradock_train.errors import ModelError
@@ -81,10 +83,25 @@ def base_config(config: TrainConfig) -> Any:
     """The transformers config of `model_id`. Raises ModelError."""
     assert config.model_id is not None
     try:
-        return AutoConfig.from_pretrained(config.model_id)
+        return AutoConfig.from_pretrained(config.model_id, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error
+
+
+def base_directory(model_id: str) -> Path | None:
+    """Where the weights of a base lie, a hub model's in the local cache; None where it has no safetensors files."""
+    if Path(model_id).is_dir():
+        directory = Path(model_id)
+    else:
+        found = cached_file(
+            model_id, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )  # fmt: skip
+        if found is None:
+            return None
+        directory = Path(found).parent
+    return directory if any(directory.glob("*.safetensors")) else None
 
 
 def check_machine(config: TrainConfig) -> None:
@@ -114,7 +131,9 @@ def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
         {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(config.model_id), dtype=precision.weights, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(config.model_id), dtype=precision.weights, trust_remote_code=False, **options
+        )
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error

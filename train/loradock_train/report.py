@@ -17,7 +17,7 @@ from loradock_adapters.passport import Passport, PassportBase, weights_sha256
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import DataReport
 from loradock_train.encode import stop_token_ids
-from loradock_train.model import Precision, count_parameters
+from loradock_train.model import Precision, base_directory, count_parameters
 from loradock_train.proof import Proof
 
 PACKAGES = ("loradock", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
@@ -79,8 +79,8 @@ def make_passport(
 ) -> Passport:
     """What ties the checkpoint to its base. A model from scratch has no base: it says `scratch/<model_type>`."""
     source = config.model_id
-    local = source is not None and Path(source).is_dir()
-    weights = weights_sha256(Path(source)) if source is not None and local else None
+    directory = None if source is None else base_directory(source)
+    weights = None if directory is None else weights_sha256(directory)
     name = source if source is not None else f"scratch/{(config.model or {}).get('model_type')}"
     return Passport(
         base=PassportBase(model_id=name, weights_sha256=weights),

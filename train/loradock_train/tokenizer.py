@@ -48,7 +48,7 @@ def make_tokenizer(config: TrainConfig, rows: Rows) -> PreTrainedTokenizerBase:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """A tokenizer by path or hub id."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer could be loaded from {source}: {_first_line(error)}") from error
     return tokenizer
