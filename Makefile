@@ -75,8 +75,8 @@ format: $(STAMP) ## ruff: format and mend what can be mended
 
 .PHONY: bench
 bench: $(STAMP) ## benchmarks: a table, then one JSON line
-	@shopt -s nullglob; found=0; for file in benchmarks/bench_*.py; do found=1; $(BIN)/python $$file $(ARGS); done; \
-	    [ $$found = 1 ] || { echo "no benchmarks/bench_*.py yet" >&2; exit 1; }
+	@shopt -s nullglob; found=0; for file in benchmarks/*.py; do found=1; $(BIN)/python $$file $(ARGS); done; \
+	    [ $$found = 1 ] || { echo "no benchmarks/*.py yet" >&2; exit 1; }
 
 .PHONY: image-cpu image-gpu
 image-cpu: ## builds the CPU image (BUILD="buildah build" or another builder)

@@ -17,6 +17,9 @@ VLLM_VERSION = "0.32.0"
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `max_lora_rank` may be. An adapter's own rank may be anything up to it."""
 
+DEFAULT_MAX_LORA_RANK = 64
+"""What `loradock serve` starts its engine with where its config is silent."""
+
 MAX_LM_HEAD_VOCAB = 258_048
 """An engine with LoRA refuses to wrap an output matrix over more tokens than this."""
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from loradock_adapters.engine_rules import EngineLimits, architecture_rules
+from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits, architecture_rules
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
 from loradock_serve import rewrite, sizing
@@ -69,7 +69,7 @@ def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine |
     weights = StoredWeights(store, base.model, config.data_dir / "merged")
     engines = _Engines(config, machine, base, lora, socket_dir)
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated)
-    limits = EngineLimits(lora.max_lora_rank if lora else sizing.DEFAULT_RANK, enable_lora=lora is not None)
+    limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
     publisher = Publisher(store, registry, catalog, fleet, base.facts, limits)
     app = _application(config, store, registry, catalog, fleet, publisher, socket_dir)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, lora)

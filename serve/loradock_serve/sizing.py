@@ -7,7 +7,8 @@ Pure arithmetic; knows nothing of processes.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-DEFAULT_RANK = 64
+from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK
+
 MEMORY_SHARE = 0.05
 MIN_SLOTS, MAX_SLOTS = 4, 64
 MIN_CPU_LORAS = 64
@@ -44,7 +45,7 @@ def choose(
     adapters, at least 64. `shapes` are (out, in) of the base's linear modules; none known means the smallest number
     of slots.
     """
-    rank = max_lora_rank if max_lora_rank is not None else DEFAULT_RANK
+    rank = max_lora_rank if max_lora_rank is not None else DEFAULT_MAX_LORA_RANK
     size = slot_bytes(shapes, rank, bytes_per_value)
     affordable = int(memory_bytes * MEMORY_SHARE) // size if size else MIN_SLOTS
     slots = max_loras if max_loras is not None else max(MIN_SLOTS, min(MAX_SLOTS, affordable))

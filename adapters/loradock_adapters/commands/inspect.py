@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from loradock_adapters.commands.options import Json
+from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK
 
 
 def inspect(
@@ -13,7 +14,9 @@ def inspect(
     base: Annotated[
         str | None, typer.Option(help="Directory of the base model, or its hub id if it is in the local cache.")
     ] = None,
-    max_lora_rank: Annotated[int, typer.Option(help="The server's engine.max_lora_rank.", min=1, max=512)] = 512,
+    max_lora_rank: Annotated[
+        int, typer.Option(help="The server's engine.max_lora_rank.", min=1, max=512)
+    ] = DEFAULT_MAX_LORA_RANK,
     json: Json = False,
 ) -> None:
     """Say what the server would make of a checkpoint. Exit code 1 if it would refuse it."""
