@@ -35,7 +35,9 @@ class VllmServer:
 
     def client(self, timeout_s: float = 120) -> httpx.AsyncClient:
         """An HTTP client for its socket; close it in the loop that used it."""
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=httpx.Limits(max_connections=256))
+        # The server closes a connection after 5 idle seconds; a client that keeps it as long may lose a request to that.
+        limits = httpx.Limits(max_connections=256, keepalive_expiry=2)
+        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=limits)
         return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=timeout_s)
 
     def request(self, method: str, path: str, **options: object) -> httpx.Response:
@@ -81,6 +83,8 @@ def vllm_server(
         server = VllmServer(directory / "vllm.sock", log, str(model), process.pid)
         _wait_until_healthy(server, process, start_timeout_s)
         yield server
+        if process.poll() is not None:
+            raise RuntimeError(f"vLLM ended by itself with {process.returncode}:\n{tail(server.log)}")
     finally:
         _end_group(process)
         shutil.rmtree(directory, ignore_errors=True)
