@@ -20,6 +20,7 @@ from loradock_train.model import (
     check_machine,
     count_parameters,
     decide_precision,
+    has_fast_bf16,
     load_model,
 )
 
@@ -169,6 +170,14 @@ def test_mixed_precision_is_used_where_the_machine_is_quick_at_it(monkeypatch: p
     assert decide_precision(config(), torch.float32).arithmetic == "no"
     monkeypatch.setattr("loradock_train.model.has_fast_bf16", lambda: True)
     assert decide_precision(config(), torch.float32).arithmetic == "bf16"
+
+
+def test_gpu_that_only_emulates_bf16_is_not_quick_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not has_fast_bf16()
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: True)
+    assert has_fast_bf16()
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def has_fast_bf16() -> bool:
     """Whether this machine is quicker in bf16 than in float32: a GPU that has it, or a CPU with AMX or AVX512-BF16."""
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported())
+        # GPUs before Ampere only emulate it, slowly; asked plainly, torch says they support it.
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
