@@ -156,6 +156,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ServeConfig:
         return ServeConfig.model_validate(data)
     except ValidationError as error:
         lines = [_flatten(line) for problem in explain(error, ServeConfig) for line in problem.splitlines()]
+        lines += [line for line in _vllm_problems(data) if line not in lines]
         where = f"{path}" if path is not None else "the command line"
         raise ServeConfigError(
             f"{where} has {len(lines)} problem(s):\n" + "\n".join(f"  {line}" for line in lines)
@@ -166,6 +167,17 @@ def _beside(path: Path, base: str) -> str:
     """A relative directory in a config file is meant from that file; anything else (a Hub id) stays as it is."""
     candidate = path.parent / base
     return str(candidate) if base.startswith(".") or candidate.is_dir() else base
+
+
+def _vllm_problems(data: Mapping[str, Any]) -> list[str]:
+    """Complaints about vLLM arguments, which pydantic does not come to while one of our own keys is wrong."""
+    engine, dedicated = data.get("engine"), data.get("dedicated")
+    extra = {k: v for k, v in engine.items() if k not in EngineConfig.model_fields} if isinstance(engine, dict) else {}
+    inner = dedicated.get("engine") if isinstance(dedicated, dict) else None
+    return [
+        *engine_args.problems_with(extra, "engine"),
+        *engine_args.problems_with(inner if isinstance(inner, dict) else {}, "dedicated.engine"),
+    ]
 
 
 def _flatten(line: str) -> str:

@@ -159,3 +159,22 @@ def test_every_field_has_a_docstring_with_its_default(model: type[BaseModel]) ->
         docstring = after.partition('    """')[2].partition('"""')[0]
         assert docstring, name
         assert field.is_required() or isinstance(field.default, BaseModel | dict) or "efault" in docstring, name
+
+
+def test_wrong_key_of_ours_does_not_hide_a_wrong_vllm_argument(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        "base: b\nengine: {dtype: int8, max_lora: 3, uds: x}\ndedicated: {max_engines: -1, engine: {prot: 1}}\n"
+    )
+    with pytest.raises(ServeConfigError) as caught:
+        load_config(path, {})
+    text = str(caught.value)
+    assert "has 5 problem(s)" in text
+    for part in (
+        "engine.dtype:",
+        "engine.max_lora: vLLM",
+        "did you mean `max_loras`?",
+        "engine.uds: Loradock sets",
+        "dedicated.engine.prot:",
+    ):
+        assert part in text
