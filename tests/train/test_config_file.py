@@ -169,7 +169,14 @@ def test_lora_key_at_the_top_is_told_where_it_belongs(tmp_path: Path) -> None:
         ("seed: -1", "seed: must be greater than or equal to 0, got -1"),
         ("prompt_template: no field", "prompt_template must contain {instruction}"),
         ("lora_config: {r: 0}", "lora_config.r: must be greater than or equal to 1, got 0"),
-        ("lora_config: {target_modules: q_proj}", "lora_config.target_modules: must be"),
+        (
+            "lora_config: {target_modules: q_proj}",
+            "has 1 problem:\n  line 3, lora_config.target_modules: must be a list, got 'q_proj'; or must be 'all-linear'",
+        ),
+        (
+            "lora_config: {target_modules: []}",
+            "lora_config.target_modules: Value should have at least 1 item after validation, not 0; or must be",
+        ),
         ("lora_config: {init_lora_weights: pissa}", "lora_config.init_lora_weights"),
         ("tokenizer: {train_vocab_size: 512}", "tokenizer belongs to model (from scratch)"),
         ("valid_path: absent.jsonl", "valid_path: no such file or directory"),

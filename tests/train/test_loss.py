@@ -106,7 +106,7 @@ def test_gpt2_is_trained_with_our_loss_too() -> None:
     config = GPT2Config(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=1, n_head=2)
     model: Any = GPT2LMHeadModel(config)  # type: ignore[no-untyped-call]
     model.eval()  # its dropout would make two passes differ
-    assert can_own_loss(model, batch())
+    assert can_own_loss(model, batch()["input_ids"][1])
     assert_same(model, model)
 
 
@@ -142,5 +142,6 @@ def test_model_with_capped_logits_keeps_its_own_loss() -> None:
         num_key_value_heads=1, head_dim=16, final_logit_softcapping=1.0, initializer_range=0.5,
     )  # fmt: skip
     model = Gemma2ForCausalLM(config)  # type: ignore[no-untyped-call]
-    assert not can_own_loss(model, batch())
-    assert can_own_loss(llama(), batch())
+    row = batch()["input_ids"][1]
+    assert not can_own_loss(model, row)
+    assert can_own_loss(llama(), row)

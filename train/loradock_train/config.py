@@ -53,7 +53,7 @@ class LoraOptions(Section):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs dropped during training, 0 up to 1. Default 0."""
 
-    target_modules: Names | Literal["all-linear"] = "all-linear"
+    target_modules: Annotated[Names, Field(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Names of the modules that get an adapter, or `all-linear`: every linear layer but the head. `embed_tokens` and
     `lm_head` may be named."""
 

@@ -104,16 +104,18 @@ def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _problems(error: ValidationError, lines: Mapping[Keys, int]) -> Iterator[Problem]:
-    seen: set[tuple[str, str]] = set()
+    """One problem a key: where a value may be of several types, pydantic complains once for each."""
+    messages: dict[Keys, list[str]] = {}
     for detail in error.errors(include_url=False):
         keys = _key_path(detail["loc"])
+        told = messages.setdefault(keys, [])
         message = _message(detail, keys)
+        if message not in told:
+            told.append(message)
+    for keys, told in messages.items():
         where = ".".join(keys) or "config"
-        if (where, message) in seen:
-            continue  # a union reports once per member
-        seen.add((where, message))
         line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
-        yield Problem(f"line {line}, {where}" if line is not None else where, message)
+        yield Problem(f"line {line}, {where}" if line is not None else where, "; or ".join(told))
 
 
 def _key_path(location: Sequence[str | int]) -> Keys:
@@ -135,7 +137,7 @@ def _message(detail: Any, keys: Keys) -> str:
     if kind == "value_error":
         return str(context["error"])
     text = str(detail["msg"])
-    text = re.sub(r"^Input should be ", "must be ", text)
+    text = re.sub(r"^Input should be ", "must be ", text).replace("a valid tuple", "a list")
     value = detail["input"]
     return f"{text}, got {value!r}" if isinstance(value, str | int | float | bool | None) else text
 

@@ -263,8 +263,7 @@ def _fit(
     console: Console,
 ) -> Outcome:
     collate = Collator(padding_id(tokenizer))
-    first = {key: value.to(model.device) for key, value in collate([data.train[0]]).items()}
-    use_own = can_own_loss(inner_model(model), first)
+    use_own = can_own_loss(inner_model(model), torch.as_tensor(data.train[0]["input_ids"]).to(model.device))
     length = length_of(config, len(data.train), num_devices=1)
     meter = Meter()
     reporter = Reporter(directory / "metrics.jsonl", length, meter, console)
