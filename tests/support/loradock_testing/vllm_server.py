@@ -35,7 +35,7 @@ class VllmServer:
 
     def client(self, timeout_s: float = 120) -> httpx.AsyncClient:
         """An HTTP client for its socket; close it in the loop that used it."""
-        # The server closes a connection after 5 idle seconds; a client that keeps it as long may lose a request to that.
+        # The server closes a connection after 5 idle seconds: who keeps it as long may lose a request to that.
         limits = httpx.Limits(max_connections=256, keepalive_expiry=2)
         transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=limits)
         return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=timeout_s)
