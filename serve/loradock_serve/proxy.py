@@ -149,7 +149,7 @@ async def _pass_error(
         target.engine.suspect()
         raise EngineUnavailableError(f"The engine of {out.public_name!r} died; it is being restarted")
     error = rewrite.engine_error(text, out)
-    if answer.status in (404, 405) and error["message"] in ("Not Found", "Method Not Allowed"):
+    if answer.status in (404, 405) and error["type"] in ("Not Found", "Method Not Allowed"):
         raise EngineRouteError(f"The engine of {out.public_name!r} has no {path}: its model does another task")
     if not 400 <= answer.status < 600:
         raise EngineError(f"The engine of {out.public_name!r} answered with status {answer.status}")

@@ -39,6 +39,7 @@ class FakeEngine:
                 web.post("/v1/chat/completions", self.complete),
                 web.post("/v1/responses", self.complete),
                 web.get("/fake/seen", self.seen),
+                web.route("*", "/{anything:.*}", self.no_route),
             ]
         )
         return app
@@ -73,6 +74,9 @@ class FakeEngine:
 
     async def seen(self, _request: web.Request) -> web.Response:
         return web.json_response({"requests": self.requests, "aborted": self.aborted, "adapters": self.adapters})
+
+    async def no_route(self, _request: web.Request) -> web.Response:
+        return _json({"error": {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}}, 404)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
