@@ -25,7 +25,13 @@ from loradock_serve.base import ServedBase, find_base
 from loradock_serve.catalog import Catalog
 from loradock_serve.config import ServeConfig
 from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
-from loradock_serve.engine_command import Machine, base_command, dedicated_command, this_machine
+from loradock_serve.engine_command import (
+    Machine,
+    base_command,
+    check_adapter_dtype,
+    dedicated_command,
+    this_machine,
+)
 from loradock_serve.fleet import Fleet
 from loradock_serve.http_errors import add_handlers
 from loradock_serve.models_routes import models_router
@@ -76,7 +82,10 @@ def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine |
 
 
 def lora_sizing(config: ServeConfig, base: ServedBase, machine: Machine) -> sizing.LoraSizing | None:
-    """Slots for the base's engine; None where vLLM cannot put adapters on its architecture."""
+    """Slots for the base's engine; None where vLLM cannot put adapters on its architecture.
+
+    Raises ServeConfigError where the configured dtype rules adapters out.
+    """
     rules = [architecture_rules(name) for name in base.facts.architectures]
     if not any(rule is not None and rule.lora for rule in rules):
         log.warning(
@@ -85,6 +94,7 @@ def lora_sizing(config: ServeConfig, base: ServedBase, machine: Machine) -> sizi
             base.facts.architectures,
         )
         return None
+    check_adapter_dtype(config.engine, machine)
     engine = config.engine
     linear = [shape for name, shape in base.facts.modules.items() if name not in base.facts.embedding_modules]
     return sizing.choose(

@@ -8,7 +8,15 @@ import pytest
 
 from loradock_serve import engine_command
 from loradock_serve.config import DedicatedConfig, EngineConfig
-from loradock_serve.engine_command import EngineCommand, Machine, base_command, dedicated_command, plugins
+from loradock_serve.engine_command import (
+    EngineCommand,
+    Machine,
+    base_command,
+    check_adapter_dtype,
+    dedicated_command,
+    plugins,
+)
+from loradock_serve.errors import ServeConfigError
 from loradock_serve.sizing import LoraSizing
 
 GIB = 1024**3
@@ -145,3 +153,21 @@ def test_memory_of_the_smallest_gpu_counts(monkeypatch: pytest.MonkeyPatch, tmp_
     assert engine_command._gpu_memory_bytes() == 40960 * 1024**2
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert engine_command._gpu_memory_bytes() is None
+
+
+def test_float32_adapters_on_a_gpu_are_refused_before_an_engine_starts() -> None:
+    with pytest.raises(ServeConfigError, match=r"engine.dtype: .* float32 .* say bfloat16"):
+        check_adapter_dtype(EngineConfig(dtype="float32"), GPU)
+
+
+@pytest.mark.parametrize(
+    ("machine", "engine"),
+    [
+        (CPU, {"dtype": "float32"}),
+        (GPU, {}),
+        (GPU, {"dtype": "bfloat16", "lora_dtype": "float16"}),
+        (GPU, {"dtype": "float32", "url": "http://elsewhere"}),
+    ],
+)
+def test_other_dtypes_are_left_to_the_engine(machine: Machine, engine: dict[str, Any]) -> None:
+    check_adapter_dtype(EngineConfig.model_validate(engine), machine)

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from loradock_serve.app import build_gateway
+from loradock_serve.config import ServeConfig
+from loradock_serve.engine_command import Machine
+from loradock_serve.errors import ServeConfigError
 from loradock_testing.gateway import Served, serving
-from loradock_testing.tiny_checkpoints import write_adapter, write_full_model
+from loradock_testing.tiny_checkpoints import write_adapter, write_base, write_full_model
 
 
 @pytest.fixture
@@ -47,3 +51,10 @@ async def test_full_model_gets_an_engine_of_its_own(served: Served, tmp_path: Pa
     pushed = (await served.push(write_full_model(tmp_path / "full"), "whole")).json()
     assert pushed.get("placement") == "dedicated", pushed
     assert await served.text("whole", "x") == f"{pushed['digest']}:x"
+
+
+async def test_gateway_on_a_gpu_refuses_float32_before_an_engine_dies_of_it(tmp_path: Path) -> None:
+    config = {"base": str(write_base(tmp_path / "base")), "data_dir": str(tmp_path), "engine": {"dtype": "float32"}}
+    gpu = Machine("gpu", 80 * 1024**3, (0,))
+    with pytest.raises(ServeConfigError, match="float32 on a GPU"):
+        build_gateway(ServeConfig.model_validate(config), None, gpu)
