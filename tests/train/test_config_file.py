@@ -171,7 +171,7 @@ def test_lora_key_at_the_top_is_told_where_it_belongs(tmp_path: Path) -> None:
         ("lora_config: {r: 0}", "lora_config.r: must be greater than or equal to 1, got 0"),
         (
             "lora_config: {target_modules: q_proj}",
-            "has 1 problem:\n  line 3, lora_config.target_modules: must be a list, got 'q_proj'; or must be 'all-linear'",
+            "1 problem:\n  line 3, lora_config.target_modules: must be a list, got 'q_proj'; or must be 'all-linear'",
         ),
         (
             "lora_config: {target_modules: []}",

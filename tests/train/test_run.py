@@ -141,9 +141,15 @@ def test_resolved_config_trains_the_same_again(whole_list_run: Any, tmp_path: Pa
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def test_adapter_over_a_bf16_base_is_saved_in_bf16(tmp_path: Path, write_rows: WriteRows) -> None:
+@pytest.mark.parametrize("arithmetic", ["no", "bf16"])
+def test_adapter_over_a_bf16_base_is_saved_in_bf16(tmp_path: Path, write_rows: WriteRows, arithmetic: str) -> None:
     half = make_llama(tmp_path / "half", dtype=torch.bfloat16)
-    run = train(options(half, write_rows("r.jsonl", ROWS), lora_config={"r": 2}), output=tmp_path / "run")
+    lora = {"r": 2, "target_modules": list(ALL_MODULES)}
+    run = train(
+        options(half, write_rows("r.jsonl", ROWS), lora_config=lora, mixed_precision=arithmetic),
+        output=tmp_path / "run",
+    )
+    assert run.summary["precision"] == {"weights": "bfloat16", "arithmetic": arithmetic, "saved": "bfloat16"}
     tensors = load_file(run.checkpoint / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
