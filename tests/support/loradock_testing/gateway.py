@@ -30,6 +30,11 @@ class Served:
     gateway: Gateway
     client: httpx.AsyncClient
     url: str
+    data_dir: Path
+
+    def version_dir(self, digest: str) -> Path:
+        """Where the store has the files of a version."""
+        return self.data_dir / "versions" / digest.removeprefix("sha256:")
 
     async def push(self, directory: Path, name: str) -> httpx.Response:
         """What `loradock push` does, in this event loop."""
@@ -84,7 +89,7 @@ async def serving(
     headers = {"authorization": f"Bearer {admin_key}"} if admin_key else {}
     try:
         async with httpx.AsyncClient(base_url=url, headers=headers, timeout=60) as client:
-            yield Served(gateway, client, url)
+            yield Served(gateway, client, url, Path(config["data_dir"]))
     finally:
         server.should_exit = True
         await running
