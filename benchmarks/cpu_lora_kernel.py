@@ -23,7 +23,7 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from loradock_serve.inside.cpu_lora import CorrectedPunicaWrapperCPU
 
-ROUNDS = 15
+ROUNDS = 30
 
 
 def batch(case: str, adapters: int, with_base: bool, slots: int) -> list[int]:
@@ -37,14 +37,14 @@ def batch(case: str, adapters: int, with_base: bool, slots: int) -> list[int]:
 
 def alternate(sides: Sequence[Callable[[], Any]]) -> list[float]:
     """Median microseconds of a call for each side."""
+    for side in sides:
+        side()
     times: list[list[float]] = [[] for _ in sides]
     for _ in range(ROUNDS):
         for side, taken in zip(sides, times, strict=True):
-            side()
             started = time.perf_counter()
-            for _ in range(5):
-                side()
-            taken.append((time.perf_counter() - started) / 5 * 1e6)
+            side()
+            taken.append((time.perf_counter() - started) * 1e6)
     return [statistics.median(taken) for taken in times]
 
 
