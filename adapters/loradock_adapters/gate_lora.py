@@ -309,22 +309,24 @@ def _judge_targets(targets: object, pairs: list[_Pair], base: BaseModel, finding
 
 
 def _judge_origin(checkpoint: Checkpoint, base: BaseModel, findings: Findings) -> None:
+    """Whether it was trained on the served base: by the weights' hash where both are known, else by name."""
+    passport = checkpoint.passport
+    if passport is not None and passport.base.weights_sha256 is not None and base.weights_sha256 is not None:
+        if passport.base.weights_sha256 != base.weights_sha256:
+            findings.refuse(
+                "base_weights_differ",
+                f"trained on weights {passport.base.weights_sha256[:12]}, "
+                f"the served base has {base.weights_sha256[:12]}",
+                "loradock.json: base.weights_sha256",
+                f"serve the base that it was trained on ({ascii(passport.base.model_id)[1:-1][:120]})",
+            )
+        return
     trained_on = checkpoint.config.get("base_model_name_or_path")
     if isinstance(trained_on, str) and base.model_id is not None:
         names = [name.rstrip("/").rpartition("/")[2] for name in (trained_on, base.model_id)]
         if names[0] != names[1]:
             message = f"trained on {ascii(names[0])[:80]}, served on {ascii(names[1])[:80]}: make sure it is the same"
             findings.remark("base_name", message, ADAPTER_CONFIG)
-    passport = checkpoint.passport
-    if passport is None or passport.base.weights_sha256 is None or base.weights_sha256 is None:
-        return
-    if passport.base.weights_sha256 != base.weights_sha256:
-        findings.refuse(
-            "base_weights_differ",
-            f"trained on weights {passport.base.weights_sha256[:12]}, the served base has {base.weights_sha256[:12]}",
-            "loradock.json: base.weights_sha256",
-            f"serve the base that it was trained on ({ascii(passport.base.model_id)[1:-1][:120]})",
-        )
 
 
 def _near(strangers: list[str], base: BaseModel) -> str:

@@ -21,7 +21,7 @@ from loradock_adapters.store import LocalStore
 from loradock_serve import rewrite, sizing
 from loradock_serve.adapters_routes import adapters_router
 from loradock_serve.auth import Doorkeeper
-from loradock_serve.base import ServedBase, find_base
+from loradock_serve.base import ServedBase, WeightsHash, find_base
 from loradock_serve.catalog import Catalog
 from loradock_serve.config import ServeConfig
 from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
@@ -76,7 +76,7 @@ def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine |
     engines = _Engines(config, machine, base, lora, socket_dir)
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated)
     limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
-    publisher = Publisher(store, registry, catalog, fleet, base.facts, limits)
+    publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, WeightsHash(base.model))
     app = _application(config, store, registry, catalog, fleet, publisher, socket_dir)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, lora)
 

@@ -4,12 +4,15 @@ A directory, a run directory of the trainer, or a Hub id (then only its small fi
 fetches the weights itself). Loads no weights.
 """
 
+import contextlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loradock_adapters.base import BaseModel, base_from
 from loradock_adapters.checkpoint import read_checkpoint, resolve_checkpoint_dir
 from loradock_adapters.errors import LoradockError, NotFoundError
+from loradock_adapters.passport import weights_sha256
 from loradock_serve.errors import ServeConfigError
 from loradock_serve.rewrite import Behaviour
 
@@ -27,6 +30,26 @@ class ServedBase:
     facts: BaseModel
     behaviour: Behaviour
     """Its own chat template and stop tokens, to tell an adapter's from."""
+
+
+class WeightsHash:
+    """The hash of a base's weights, computed when the first passport asks for it: many gigabytes take many seconds.
+
+    Call it in a thread. None for a base without local weights (a Hub id), whose passports cannot be compared.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._directory = Path(model)
+        self._turn = threading.Lock()
+        self._value: str | None = None
+
+    def __call__(self) -> str | None:
+        """As `loradock_adapters.passport.weights_sha256` has it."""
+        with self._turn:
+            if self._value is None and self._directory.is_dir():
+                with contextlib.suppress(NotFoundError):
+                    self._value = weights_sha256(self._directory)
+            return self._value
 
 
 def find_base(base: str, revision: str | None = None) -> ServedBase:

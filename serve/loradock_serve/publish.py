@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ class Publisher:
         fleet: Fleet,
         base: BaseModel,
         limits: EngineLimits,
+        weights_hash: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -92,6 +93,7 @@ class Publisher:
         self._fleet = fleet
         self._base = base
         self._limits = limits
+        self._weights_hash = weights_hash
         self._turns = Turns()
 
     async def publish(self, name: str, document: Mapping[str, Any]) -> Published:
@@ -132,7 +134,10 @@ class Publisher:
 
     def _judge(self, directory: Path) -> tuple[Checkpoint, Verdict]:
         checkpoint = read_checkpoint(directory)
-        verdict = judge(checkpoint, self._base, self._limits)
+        base = self._base
+        if checkpoint.passport is not None and checkpoint.passport.base.weights_sha256 is not None:
+            base = replace(base, weights_sha256=self._weights_hash())
+        verdict = judge(checkpoint, base, self._limits)
         if verdict.placement == "rejected":
             raise RefusedError(verdict.reasons)
         return checkpoint, verdict

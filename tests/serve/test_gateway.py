@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from loradock_adapters.passport import Passport, PassportBase, weights_sha256, write_passport
 from loradock_serve.app import build_gateway
 from loradock_serve.config import ServeConfig
 from loradock_serve.engine_command import Machine
@@ -58,3 +59,19 @@ async def test_gateway_on_a_gpu_refuses_float32_before_an_engine_dies_of_it(tmp_
     gpu = Machine("gpu", 80 * 1024**3, (0,))
     with pytest.raises(ServeConfigError, match="float32 on a GPU"):
         build_gateway(ServeConfig.model_validate(config), None, gpu)
+
+
+async def test_adapter_whose_passport_names_other_base_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_full_model(tmp_path / "weights")
+    async with serving(tmp_path, monkeypatch, base=str(base)) as served:
+        ours = write_adapter(tmp_path / "ours")
+        write_passport(ours, Passport(base=PassportBase(model_id="x/checkpoint", weights_sha256=weights_sha256(base))))
+        pushed = await served.push(ours, "ours")
+        assert (pushed.status_code, pushed.json()["reasons"]) == (201, []), "equal weights need no remark about names"
+        other = write_adapter(tmp_path / "other", seed=2)
+        write_passport(other, Passport(base=PassportBase(model_id="other", weights_sha256="0" * 64)))
+        refused = await served.push(other, "other")
+        assert refused.status_code == 422
+        assert [problem["code"] for problem in refused.json()["error"]["problems"]] == ["base_weights_differ"]
