@@ -25,6 +25,8 @@ MAX_PADDING = 2.5
 """How many rows a bundle may multiply for each row that it is for."""
 BUNDLE_FROM = 4
 """From how many small groups on a bundle is cheaper than a product each (measured: 2 to 8, by width and dtype)."""
+LONG_RUN = 16
+"""Rows that lie together on average, as a prompt's do, are not gathered: the copies cost more than a product."""
 
 Slots = npt.NDArray[np.int64]
 
@@ -74,7 +76,7 @@ class RowPlan:
             rest = slots.copy()
             rest[bundle.rows.numpy()] = NO_ADAPTER
         runs = _runs(rest)
-        if len(runs) <= 2 * len({run.slot for run in runs}):
+        if len(runs) <= max(2 * len({run.slot for run in runs}), len(slots) // LONG_RUN):
             return cls(slots, runs, None, bundle)
         order = np.argsort(rest, kind="stable")
         order = order[np.searchsorted(rest[order], 0) :]  # rows of the base sort first, and stay out
