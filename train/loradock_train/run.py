@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from loradock_adapters.errors import UsageError
 from loradock_adapters.passport import write_passport
 from loradock_train.card import model_card
-from loradock_train.config import TrainConfig
+from loradock_train.config import LoraOptions, TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.dataset import Collator, DataReport, build_dataset
 from loradock_train.encode import Encoder
@@ -130,15 +130,9 @@ def train(
     for key, report in data.reports.items():
         notices.extend(report.notices(key, config.context_length))
 
-    base_dtype = None if architecture is None else getattr(architecture, "dtype", None) or torch.float32
-    precision = decide_precision(config, base_dtype)
-    model: Any = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
-    if torch.cuda.is_available():
-        model.to("cuda")
-    base_logits = probe_logits(model, data.probes)
+    precision, model, base_logits = _prepare_model(config, architecture, tokenizer, data)
     if config.lora_config is not None:
-        model = add_adapter(model, config.lora_config)
-        notices.extend(_placement_notices(config))
+        notices.extend(_placement_notices(config.lora_config))
 
     _prepare_output(directory, overwrite)
     _write_text(directory / "config.yaml", yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
@@ -220,9 +214,22 @@ def _load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBa
     return _Data(rows, train_set, valid_set, reports, probes)
 
 
-def _placement_notices(config: TrainConfig) -> list[str]:
-    options = config.lora_config
-    assert options is not None
+def _prepare_model(
+    config: TrainConfig, architecture: Any, tokenizer: PreTrainedTokenizerBase, data: _Data
+) -> tuple[Precision, Any, torch.Tensor]:
+    """The model with its adapter, its types, and what it said to the probes before either was trained."""
+    base_dtype = None if architecture is None else getattr(architecture, "dtype", None) or torch.float32
+    precision = decide_precision(config, base_dtype)
+    model: Any = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    base_logits = probe_logits(model, data.probes)
+    if config.lora_config is not None:
+        model = add_adapter(model, config.lora_config)
+    return precision, model, base_logits
+
+
+def _placement_notices(options: LoraOptions) -> list[str]:
     wants = [
         text
         for text, is_set in (
