@@ -30,6 +30,7 @@ def ops_router(fleet: Fleet) -> APIRouter:
             healthy = False
         if healthy:
             return JSONResponse({"status": "healthy"})
+        fleet.base.suspect()
         why = f": {fleet.base.last_error}" if fleet.base.last_error else ""
         return error_response(EngineUnavailableError(f"The base's engine is {fleet.base.state}{why}"))
 
