@@ -60,7 +60,7 @@ quickstart-check: $(STAMP) ## the same on a free port, with its promises asserte
 
 .PHONY: test
 test: $(STAMP) ## unit tests and tests against a real engine (ARGS="-k name" goes to pytest)
-	@$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@$(BIN)/python -m pytest $(if $(filter cpu,$(FLAVOUR)),-m "not gpu") $(ARGS)
 
 .PHONY: check
 check: $(STAMP) ## ruff and mypy --strict
