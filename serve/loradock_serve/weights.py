@@ -6,6 +6,7 @@ merge, in a subprocess (`merge.py`) that takes torch's memory with it when it en
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import shutil
 import sys
@@ -37,7 +38,10 @@ class StoredWeights:
         """The store's directory of a full model; for an adapter the merge, made now if need be (EngineStartError)."""
         if version.kind == "full":
             return self._store.version_dir(version.digest)
-        target = self._root / version.digest.removeprefix("sha256:")
+        # A data directory may be served with another base one day, or with this one trained anew.
+        target = (
+            self._root / f"{version.digest.removeprefix('sha256:')}-{await asyncio.to_thread(_identity, self._base)}"
+        )
         if target.is_dir():  # only ever renamed into place whole
             return target
         task = self._merges.get(version.digest)
@@ -73,3 +77,13 @@ class StoredWeights:
             raise EngineStartError(f"{version.name!r} cannot be merged into the base:\n{tail}")
         partial.replace(target)
         return target
+
+
+def _identity(base: str) -> str:
+    """16 hex digits for a base: its id, and for a directory also what its files look like from outside."""
+    seen = [base]
+    if Path(base).is_dir():
+        for path in sorted(Path(base).iterdir()):
+            status = path.stat()
+            seen.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:16]

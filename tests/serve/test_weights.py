@@ -1,0 +1,82 @@
+"""Where full weights come from: the store, or one merge however many ask. The merge itself is a stand-in here."""
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loradock_adapters.store import LocalStore
+from loradock_serve.errors import EngineStartError
+from loradock_serve.weights import StoredWeights
+from loradock_testing.recorded_fleet import LORA, A
+
+DORA = replace(LORA, placement="dedicated")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> StoredWeights:
+    return StoredWeights(LocalStore(tmp_path / "store"), "the-base", tmp_path / "merged")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
+    """Runs `script` for `python -m loradock_serve.merge BASE ADAPTER OUT`."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nshift 2\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("loradock_serve.weights.sys.executable", str(program))
+
+
+async def test_full_model_is_read_from_the_store_itself(weights: StoredWeights, tmp_path: Path) -> None:
+    expected = tmp_path / "store" / "versions" / A.digest.removeprefix("sha256:")
+    assert await weights.full_weights_dir(A) == expected
+    assert weights.adapter_dir(A) == expected
+
+
+async def test_merge_is_made_once_and_kept(
+    weights: StoredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path, f'echo "$1 $2" >> {tmp_path}/calls; mkdir "$3"; touch "$3/model.safetensors"')
+    first, second = await asyncio.gather(weights.full_weights_dir(DORA), weights.full_weights_dir(DORA))
+    assert first == second == await weights.full_weights_dir(DORA)
+    assert [path.name for path in first.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "calls").read_text() == f"the-base {weights.adapter_dir(DORA)}\n"
+
+
+async def test_merge_that_fails_says_why_is_not_kept_and_is_tried_again(
+    weights: StoredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path, 'mkdir "$3"; echo out of memory; exit 1')
+    with pytest.raises(EngineStartError, match=r"'lora' cannot be merged into the base:\nout of memory"):
+        await weights.full_weights_dir(DORA)
+    assert [path.suffix for path in (tmp_path / "merged").iterdir()] == [".partial"]
+    stand_in(monkeypatch, tmp_path, 'mkdir "$3"')
+    assert (await weights.full_weights_dir(DORA)).is_dir()
+
+
+async def test_merge_into_another_base_is_another_merge(
+    weights: StoredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path, 'mkdir "$3"; echo "$1" > "$3/base"')
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").write_text("one")
+    local = StoredWeights(LocalStore(tmp_path / "store"), str(base), tmp_path / "merged")
+    before = await local.full_weights_dir(DORA)
+    assert await weights.full_weights_dir(DORA) != before
+    assert await local.full_weights_dir(DORA) == before
+    (base / "model.safetensors").write_text("trained anew")
+    assert await local.full_weights_dir(DORA) != before
+
+
+async def test_merge_goes_on_when_the_request_that_began_it_is_gone(
+    weights: StoredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path, f'while [ ! -e {tmp_path}/go ]; do sleep 0.02; done; mkdir "$3"')
+    first = asyncio.create_task(weights.full_weights_dir(DORA))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(weights.full_weights_dir(DORA))
+    await asyncio.sleep(0)
+    first.cancel()
+    (tmp_path / "go").touch()
+    assert (await second).is_dir()
