@@ -6,90 +6,20 @@ further apart than a near tie.
 """
 
 import json
-import random
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 from safetensors import safe_open
 
-from loradock_testing.loradock_server import LoradockServer, loradock_server
-from loradock_testing.tiny_models import ALL_MODULES, LINEAR_MODULES, make_adapter, make_llama, reference
-from loradock_train import train
+from loradock_testing.loradock_server import LoradockServer
+from loradock_testing.tiny_models import ALL_MODULES, LINEAR_MODULES, make_adapter, reference
+from loradock_testing.trained import PROMPTS, Trained
 
 pytestmark = pytest.mark.engine
 
 MAX_TOKENS = 24
-WORDS = [
-    "import",
-    "return",
-    "yield",
-    "class",
-    "self",
-    "lambda",
-    "while",
-    "raise",
-    "assert",
-    "global",
-    "print",
-    "async",
-    "await",
-    "with",
-    "else",
-]
-PROMPTS = [" ".join(random.Random(i).sample(WORDS, 4)) for i in range(20)]
-WHOLE_LIST = [*LINEAR_MODULES, "embed_tokens", "lm_head"]
-"""What the LoRA-vs-full template targets."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The base, and what was trained on it."""
-
-    base: Path
-    linear: Path
-    whole_list: Path
-    full: Path
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    root = tmp_path_factory.mktemp("trained")
-    base = make_llama(root / "tiny-llama")
-    rows = [{"prompt": a, "completion": f" {b} {a}"} for a, b in zip(WORDS, reversed(WORDS), strict=True)]
-    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def run(name: str, **config: Any) -> Path:
-        common = {
-            "model_id": str(base),
-            "train_path": str(root / "rows.jsonl"),
-            "mixed_precision": "no",
-            "max_steps": 8,
-        }
-        common |= {"train_batch_size_per_device": 4, "context_length": 64, "learning_rate": 0.02}
-        return train(common | config, output=root / name).directory
-
-    lora = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05}
-    return Trained(
-        base,
-        run("linear", lora_config=lora | {"target_modules": list(LINEAR_MODULES)}),
-        run("whole-list", lora_config=lora | {"target_modules": WHOLE_LIST}),
-        run("full", learning_rate=0.005),
-    )
-
-
-@pytest.fixture(scope="module")
-def server(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoradockServer]:
-    engine = {"dtype": "float32", "max_loras": 4, "kv_cache_gib": 1, "max_lora_rank": 16, "max_model_len": 256}
-    with loradock_server(trained.base, tmp_path_factory.mktemp("served") / "data", engine=engine) as running:
-        running.loradock("push", str(trained.linear), "linear")
-        running.loradock("push", str(trained.whole_list), "whole-list")
-        running.loradock("push", str(trained.full), "full")
-        yield running
 
 
 def assert_same_tokens(server: LoradockServer, model: str, base: Path, adapter: Path | None) -> None:

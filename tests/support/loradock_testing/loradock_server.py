@@ -82,10 +82,12 @@ def loradock_server(
 ) -> Iterator[LoradockServer]:
     """Run `loradock serve` until the block ends; `config` is the rest of its YAML. Healthy when the block begins."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    yaml = data_dir / "serve.yaml"
+    run = data_dir / f"run-{time.monotonic_ns()}"  # two gateways may share a data_dir
+    run.mkdir()
+    yaml = run / "serve.yaml"
     # JSON is YAML: no need of a writer here.
     yaml.write_text(json.dumps({"base": str(base), "host": host, "port": 0, "data_dir": str(data_dir), **config}))
-    log_path = data_dir / "gateway.log"
+    log_path = run / "gateway.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "loradock_adapters.cli", "serve", str(yaml)],
@@ -132,6 +134,13 @@ def group_processes(group: int) -> dict[int, str]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+def engine_socket(server: LoradockServer) -> Path:
+    """The Unix socket of the base's engine."""
+    titles = [title for launcher in children(server.pid) for title in group_processes(launcher).values()]
+    (socket,) = {title.split("--uds ")[1].split()[0] for title in titles if "--served-model-name base --uds " in title}
+    return Path(socket)
 
 
 def children(pid: int) -> list[int]:
