@@ -1,12 +1,13 @@
 """What the end-to-end tests train and ask: names only, so that fixtures and tests agree."""
 
+import keyword
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from loradock_testing.tiny_models import LINEAR_MODULES
 
-WORDS = ("import return yield class self lambda while raise assert global print async await with else").split(" ")
+WORDS = [word for word in keyword.kwlist if len(word) > 3]
 PROMPTS = [" ".join(random.Random(i).sample(WORDS, 4)) for i in range(20)]
 WHOLE_LIST = [*LINEAR_MODULES, "embed_tokens", "lm_head"]
 """What the LoRA-vs-full template targets."""
