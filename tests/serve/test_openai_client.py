@@ -15,11 +15,15 @@ from loradock_testing.tiny_checkpoints import write_adapter
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest_asyncio.fixture(loop_scope="module")
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def client(shared: Served) -> AsyncIterator[AsyncOpenAI]:
-    await shared.until_ready()
     async with AsyncOpenAI(base_url=f"{shared.url}/v1", api_key="none", max_retries=1, timeout=30) as client:
         yield client
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def ready(shared: Served) -> None:
+    await shared.until_ready()
 
 
 async def collect(stream: AsyncStream[Any]) -> list[Any]:

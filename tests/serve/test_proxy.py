@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from loradock_serve import metrics, proxy
 from loradock_serve.engine import Engine
@@ -19,7 +20,7 @@ from loradock_testing.waiting import until
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-@pytest.fixture(autouse=True)
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
 async def ready(shared: Served) -> None:
     await shared.until_ready()
 
