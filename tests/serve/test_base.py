@@ -1,0 +1,88 @@
+"""Finding the base that the server was told to serve, and the process that an engine runs in."""
+
+import asyncio
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from loradock_serve import base as base_module
+from loradock_serve.base import find_base
+from loradock_serve.engine_command import EngineCommand
+from loradock_serve.errors import ServeConfigError
+from loradock_serve.process import LOG_TAIL_LINES, EngineProcess
+from loradock_testing.tiny_checkpoints import write_base
+
+
+def test_directory_is_served_under_its_last_part(tmp_path: Path) -> None:
+    directory = write_base(tmp_path / "My-Base")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5]}))
+    found = find_base(str(directory))
+    assert (found.name, found.model) == ("My-Base", str(directory))
+    assert found.facts.hidden_size == 16
+    assert found.behaviour.chat_template == "{{ messages }}"
+    assert set(found.behaviour.stop_token_ids) == {2, 5}
+
+
+def test_run_directory_stands_for_its_checkpoint_and_keeps_its_name(tmp_path: Path) -> None:
+    inner = write_base(tmp_path / "run-7" / "checkpoint")
+    (tmp_path / "run-7" / "run.json").write_text("{}")
+    found = find_base(str(tmp_path / "run-7"))
+    assert (found.name, found.model) == ("run-7", str(inner))
+
+
+def test_link_is_served_under_the_name_of_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(write_base(tmp_path / "v2"))
+    assert find_base(str(tmp_path / "current")).name == "v2"
+
+
+def test_path_that_is_neither_directory_nor_hub_id_is_refused() -> None:
+    with pytest.raises(ServeConfigError, match=r"base '/no/such/place': neither a directory nor a Hub id \(org/name\)"):
+        find_base("/no/such/place")
+
+
+def test_directory_without_a_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ServeConfigError, match=r"config\.json does not exist: a base model is a directory with a config\.json"):
+        find_base(str(tmp_path))
+
+
+def test_hub_id_is_fetched_small_and_given_to_the_engine_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def fetch(base: str, revision: str | None) -> Path:
+        asked.append((base, revision))
+        return write_base(tmp_path / "snapshot")
+
+    monkeypatch.setattr(base_module, "_fetch_small_files", fetch)
+    found = find_base("org/Model-1B", "v1")
+    assert (found.name, found.model, asked) == ("Model-1B", "org/Model-1B", [("org/Model-1B", "v1")])
+
+
+async def run_once(log: Path, script: str) -> EngineProcess:
+    command = EngineCommand((sys.executable, "-c", script), dict(os.environ), log.with_name("never.sock"))
+    process = await EngineProcess.start(command, log)
+    await asyncio.wait_for(process.wait(), 15)
+    await process.clean_up()
+    return process
+
+
+async def test_log_of_the_start_before_is_kept_and_the_tail_is_short(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "engine.log"
+    await run_once(log, "print('first')")
+    process = await run_once(log, "for n in range(100): print('line', n)")
+    assert log.with_name("engine.log.1").read_text() == "first\n"
+    assert process.log_tail().splitlines() == [f"line {n}" for n in range(100 - LOG_TAIL_LINES, 100)]
+    log.unlink()
+    assert "cannot be read" in process.log_tail()
+
+
+async def test_stop_and_kill_of_a_process_that_has_ended_do_nothing(tmp_path: Path) -> None:
+    process = await run_once(tmp_path / "engine.log", "raise SystemExit(3)")
+    assert await process.wait() == 3
+    await process.stop()
+    await process.kill()
