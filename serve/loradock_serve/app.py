@@ -6,6 +6,7 @@ lifespan.
 
 import contextlib
 import logging
+import math
 import tempfile
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -106,6 +107,14 @@ def lora_sizing(config: ServeConfig, base: ServedBase, machine: Machine) -> sizi
     )
 
 
+def weights_bytes_a_gpu(config: ServeConfig, base: ServedBase) -> int:
+    """Bytes of the base's matrices on each GPU, 16 bits a value, from its shapes; 0 where these are not known."""
+    values = sum(out * inner for out, inner in base.facts.modules.values())
+    arguments = config.engine.vllm_arguments
+    gpus = [arguments.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
+    return 2 * values // max(1, math.prod(n for n in gpus if isinstance(n, int)))
+
+
 @dataclass(frozen=True)
 class _Engines:
     """Makes engines; each start of one gets a fresh socket."""
@@ -124,7 +133,13 @@ class _Engines:
             EnginePlan(
                 label="the base",
                 make_command=lambda socket: base_command(
-                    self.base_model.model, socket, config.engine, config.dedicated, self.machine, self.lora
+                    self.base_model.model,
+                    socket,
+                    config.engine,
+                    config.dedicated,
+                    self.machine,
+                    self.lora,
+                    weights_bytes_a_gpu(config, self.base_model),
                 ),
                 socket_dir=self.socket_dir,
                 log_path=config.data_dir / "logs" / "engine-base.log",

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from loradock_serve import engine_args
+from loradock_serve import engine_args, sizing
 from loradock_serve.config import DedicatedConfig, EngineConfig
 from loradock_serve.errors import ServeConfigError
 from loradock_serve.sizing import LoraSizing
@@ -112,8 +112,12 @@ def base_command(
     dedicated: DedicatedConfig,
     machine: Machine,
     lora: LoraSizing | None,
+    weights_bytes: int = 0,
 ) -> EngineCommand:
-    """The engine that holds the base. `lora` is None where the architecture cannot take adapters."""
+    """The engine that holds the base. `lora` is None where the architecture cannot take adapters.
+
+    `weights_bytes` are those of the base on one GPU, 0 where nobody knows.
+    """
     arguments = dict(config.vllm_arguments)
     if lora is not None:
         arguments |= {
@@ -125,8 +129,8 @@ def base_command(
         }
     shares_gpu = machine.device == "gpu" and dedicated.max_engines > 0 and dedicated.devices is None
     if shares_gpu and "gpu_memory_utilization" not in arguments:
-        left = 0.92 - dedicated.max_engines * dedicated.gpu_memory_utilization
-        arguments["gpu_memory_utilization"] = round(max(left, 0.1), 2)
+        taken = dedicated.max_engines * dedicated.gpu_memory_utilization
+        arguments["gpu_memory_utilization"] = sizing.base_gpu_share(weights_bytes, machine.memory_bytes, taken)
     return _command(model, BASE_NAME, socket, config, arguments, machine, {})
 
 

@@ -12,6 +12,9 @@ from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK
 MEMORY_SHARE = 0.05
 MIN_SLOTS, MAX_SLOTS = 4, 64
 MIN_CPU_LORAS = 64
+GPU_SHARE, MIN_GPU_SHARE = 0.92, 0.1
+GPU_OVERHEAD_SHARE = 0.05
+"""CUDA context, activations and slots, as a share of the GPU."""
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,13 @@ def choose(
         slots = min(slots, max_cpu_loras)
     cached = max_cpu_loras if max_cpu_loras is not None else max(MIN_CPU_LORAS, 4 * slots)
     return LoraSizing(slots, cached, rank, size)
+
+
+def base_gpu_share(weights_bytes: int, gpu_bytes: int, dedicated_share: float) -> float:
+    """The base's `gpu_memory_utilization` on a GPU that dedicated engines may share.
+
+    What those leave of it, but never less than the base's weights and a quarter more need: a base that starts comes
+    before full models that might be pushed one day.
+    """
+    needed = 1.25 * weights_bytes / gpu_bytes + GPU_OVERHEAD_SHARE
+    return round(min(GPU_SHARE, max(GPU_SHARE - dedicated_share, needed, MIN_GPU_SHARE)), 2)

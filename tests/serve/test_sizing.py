@@ -37,3 +37,11 @@ def test_host_cache_grows_with_configured_slots() -> None:
 
 def test_unknown_shapes_mean_the_smallest_number_of_slots() -> None:
     assert sizing.choose([], memory_bytes=1000 * GIB) == LoraSizing(4, 64, 64, 0)
+
+
+def test_base_gets_what_dedicated_engines_leave_but_never_less_than_it_needs() -> None:
+    gib = 1024**3
+    assert sizing.base_gpu_share(16 * gib, 80 * gib, 0.3) == 0.62
+    assert sizing.base_gpu_share(16 * gib, 24 * gib, 0.3) == 0.88, "an 8B in 16 bits on a 24 GB card"
+    assert sizing.base_gpu_share(30 * gib, 24 * gib, 0.3) == 0.92, "does not fit: the engine will say so"
+    assert sizing.base_gpu_share(0, 24 * gib, 0.9) == 0.1
