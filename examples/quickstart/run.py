@@ -84,7 +84,7 @@ def run_command(command: Sequence[str]) -> None:
 
 
 def make_data(paths: Paths) -> None:
-    say("Data: the standard library's own source, a tenth of its functions held out")
+    say("Data: the standard library's own source, a tenth of it held out")
     run_command([sys.executable, str(HERE / "data.py"), str(paths.data)])
 
 
@@ -104,8 +104,8 @@ def train(paths: Paths, yaml: str, title: str, task: str) -> None:
 @contextmanager
 def serving(paths: Paths, port: int) -> Iterator[str]:
     """`loradock serve` while the block runs; the address. The server is always stopped, engines and all."""
-    command = [program(), "serve", "--base", str(paths.checkpoint(BASE)), "--port", str(port)]
-    command += ["--data-dir", str(paths.server)]
+    command = [program(), "serve", os.path.relpath(HERE / "serve.yaml"), "--base", str(paths.checkpoint(BASE))]
+    command += ["--port", str(port), "--data-dir", str(paths.server)]
     console.print(f"[dim]$ {escape(shown(command))}", highlight=False, soft_wrap=True)
     # No admin key from the environment: this server is for this machine alone. In a session of its own, so that a
     # Ctrl-C reaches only this script, which then stops the server in order.
@@ -195,12 +195,12 @@ def placements(address: str) -> dict[str, str]:
 def serve_and_ask(paths: Paths, address: str) -> Result:
     """What is done while the server stands."""
     questions = read_questions(paths.data)
-    say("Before: the base alone answers the held-out questions of both tasks")
+    say("Before: the base answers the held-out questions of both tasks")
     before = asyncio.run(ask_everyone(address, [BASE], questions, console))
     say("Push: three models onto the running server")
     prompt = questions[0].prompt
     first_token_s = {fine_tune.name: push(paths, address, fine_tune, prompt) for fine_tune in FINE_TUNES}
-    say("After: base, both adapters and the full model are asked the same questions at the same moment")
+    say("After: all four models get each question at the same moment")
     after = asyncio.run(ask_everyone(address, MODELS, questions, console))
     return Result(questions, before, after, first_token_s, placements(address))
 
@@ -216,7 +216,7 @@ def show(result: Result, paths: Paths) -> None:
         console.print(f"  [bold]{model:<14}[/] {escape(repr(result.after[model, question]))}", highlight=False)
     console.print()
     # As wide as it needs to be, also in a pipe: a table with cut cells says nothing.
-    wide = console if console.width >= 130 else Console(width=130)
+    wide = console if console.width >= 136 else Console(width=136)
     wide.print(results_table(result, paths))
 
 

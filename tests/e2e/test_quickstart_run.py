@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loradock_serve.config import load_config as load_serve_config
 from loradock_train.config_file import load_config
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
@@ -15,6 +16,7 @@ sys.path.insert(0, str(QUICKSTART))
 import results  # noqa: E402
 from asking import Question  # noqa: E402
 
+YAMLS = ("base", "packages-lora", "packages-full", "keywords-lora")
 QUESTIONS = tuple(
     [Question("packages", f"lines {number}", "email" if number % 2 else "xml") for number in range(100)]
     + [Question("keywords", f"more lines {number}", "if" if number % 2 else "for") for number in range(100)]
@@ -105,7 +107,7 @@ def test_paths_clear_leaves_what_the_quickstart_did_not_make(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("name", ["base", "packages-lora", "packages-full", "keywords-lora"])
+@pytest.mark.parametrize("name", YAMLS)
 def test_every_yaml_is_a_valid_config(name: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
@@ -114,6 +116,12 @@ def test_every_yaml_is_a_valid_config(name: str, tmp_path: Path) -> None:
     kinds = {"base": "scratch", "packages-lora": "lora", "packages-full": "full", "keywords-lora": "lora"}
     assert config.kind == kinds[name]
     assert notices == []
+
+
+def test_serve_yaml_is_a_valid_config_in_the_dtype_of_the_training() -> None:
+    config = load_serve_config(QUICKSTART / "serve.yaml", {"base": "org/name"})
+    trained = {yaml.safe_load((QUICKSTART / f"{name}.yaml").read_text())["save_dtype"] for name in YAMLS}
+    assert trained == {config.engine.dtype}
 
 
 def test_full_yaml_is_the_lora_yaml_without_lora_config_and_slower() -> None:
