@@ -43,7 +43,7 @@ class EngineConfig(BaseModel):
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     """Longest sequence in tokens, prompt and answer together. Default: the base's own limit."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the weights. Default: the checkpoint's own."""
+    """Number format of the weights in memory. Default `auto`: a 16-bit checkpoint's own, 16 bits for a float32 one."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
     """Seconds from the start of the process until it must be ready (a first start may download weights). Default
     1800."""
