@@ -2,6 +2,7 @@
 runs' summaries; starts and asks nothing."""
 
 import json
+import os
 import shlex
 import shutil
 from collections import Counter
@@ -68,6 +69,8 @@ class Paths:
         """Take away what an earlier run made here, and nothing else."""
         for directory in (self.data, self.root / "runs", self.server):
             if directory.exists():
+                for path, _, _ in os.walk(directory):
+                    Path(path).chmod(0o755)  # the server keeps published versions read-only
                 shutil.rmtree(directory)
         self.root.mkdir(parents=True, exist_ok=True)
 

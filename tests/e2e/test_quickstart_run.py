@@ -1,7 +1,9 @@
 """The quickstart's promises and configs: a broken promise must be told, and the three YAMLs must be what they say."""
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,31 @@ def test_full_yaml_is_the_lora_yaml_without_lora_config_and_slower() -> None:
     del lora["lora_config"]
     assert full["learning_rate"] < lora["learning_rate"]
     assert full | {"learning_rate": None} == lora | {"learning_rate": None}
+
+
+def test_second_run_takes_away_what_the_server_kept_read_only(tmp_path: Path) -> None:
+    version = results.Paths(tmp_path).server / "versions" / "abc"
+    version.mkdir(parents=True)
+    (version / "file").write_text("x")
+    version.chmod(0o555)
+    assert as_a_user(lambda: results.Paths(tmp_path).clear(), owner_of=tmp_path) == 0
+    assert not version.exists()
+
+
+def as_a_user(do: Callable[[], None], owner_of: Path) -> int:
+    """The exit status of a forked process that does it: root, who may do anything, becomes nobody first."""
+    nobody = 65534
+    if os.getuid() == 0:
+        for path in [owner_of, *owner_of.rglob("*")]:
+            os.chown(path, nobody, nobody)
+        for parent in owner_of.parents[:-1]:
+            parent.chmod(parent.stat().st_mode | 0o111)
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.getuid() == 0:
+                os.setuid(nobody)
+            do()
+        finally:
+            os._exit(1 if sys.exc_info()[0] is not None else 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
