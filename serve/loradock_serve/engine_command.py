@@ -35,6 +35,8 @@ ABOUT_ADAPTERS = {
     "fully_sharded_loras",
 }
 ABOUT_ADAPTERS |= {"specialize_active_lora", "enable_tower_connector_lora", "enable_moe_shared_loras"}
+# The second opens vLLM's own load routes, and a look-up of unknown names with a lock kept for each: ours need neither.
+KEPT_FROM_ENGINES = {"LORADOCK_ADMIN_KEY", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
 GIB = 1024**3
 
 
@@ -175,10 +177,9 @@ def _command(
 
 
 def _environment(config: EngineConfig, machine: Machine) -> dict[str, str]:
-    environment = {key: value for key, value in os.environ.items() if key != "LORADOCK_ADMIN_KEY"}
+    environment = {key: value for key, value in os.environ.items() if key not in KEPT_FROM_ENGINES}
     environment |= {
         "VLLM_PLUGINS": ",".join(plugins(os.environ.get("VLLM_PLUGINS"))),
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
         # vLLM closes idle connections after 5 s by default, in a race with the gateway's next request on them.
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",
@@ -189,6 +190,8 @@ def _environment(config: EngineConfig, machine: Machine) -> dict[str, str]:
             environment["VLLM_CPU_KVCACHE_SPACE"] = f"{config.kv_cache_gib:g}"
         share = max(1, min(4, machine.memory_bytes // (8 * GIB)))
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", str(share))
+        # Without it the first request for prompt logprobs compiles a few lines, for half a minute, with a C++ compiler.
+        environment["TORCH_COMPILE_DISABLE"] = "1"
         environment |= _threads(config, machine)
     return environment
 

@@ -108,7 +108,8 @@ def test_admin_key_stays_with_the_gateway(monkeypatch: pytest.MonkeyPatch) -> No
     environment = base().environment
     assert "secret" not in environment.values()
     assert environment["HF_HOME"] == "/hf"
-    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "True"
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in environment
+    assert environment["TORCH_COMPILE_DISABLE"] == "1"
 
 
 def test_kv_cache_on_cpu_is_an_eighth_of_memory_at_most_four_gib(monkeypatch: pytest.MonkeyPatch) -> None:
