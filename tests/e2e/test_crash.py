@@ -32,7 +32,7 @@ class Seen:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoradockServer]:
     root = tmp_path_factory.mktemp("crash")
-    base = make_llama(root / "base", max_positions=2048)
+    base = make_llama(root / "base", max_positions=32768)
     with loradock_server(
         base, root / "data", engine={"dtype": "float32", "max_loras": 2, "kv_cache_gib": 1}
     ) as running:
@@ -93,16 +93,17 @@ async def _load_and_kill(url: str, pid: int) -> Seen:
 
 
 def _body(model: str, **fields: object) -> dict[str, object]:
-    return {"model": model, "prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "temperature": 0, **fields}
+    # Minutes of tokens: on a starved machine the kill may come late, and must still find every request running.
+    return {"model": model, "prompt": PROMPT, "max_tokens": 30000, "ignore_eos": True, "temperature": 0, **fields}
 
 
 async def _stream(client: httpx.AsyncClient, model: str, seen: Seen, running: asyncio.Event) -> None:
-    text = ""
+    parts: list[str] = []
     async with client.stream("POST", "/v1/completions", json=_body(model, stream=True)) as answer:
         async for part in answer.aiter_text():
-            text += part
+            parts.append(part)
             running.set()
-    seen.streams.append(text)
+    seen.streams.append("".join(parts))
 
 
 async def _whole(client: httpx.AsyncClient, model: str, seen: Seen) -> None:
