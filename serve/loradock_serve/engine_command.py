@@ -197,20 +197,13 @@ def _environment(config: EngineConfig, machine: Machine) -> dict[str, str]:
 
 
 def _threads(config: EngineConfig, machine: Machine) -> dict[str, str]:
-    """Which cores the compute threads use.
+    """Which cores the compute threads use: all of this process's, unless the config says otherwise.
 
-    vLLM's `auto` pins every engine to the same cores and leaves one idle; two engines whose spinning threads are
-    pinned to one core stop each other. So threads are not pinned unless the config says where, and do not spin while
-    they wait.
+    vLLM's `auto` leaves one idle; not bound at all, an engine is half as fast. Threads that sleep while they wait let
+    two engines share the same cores; spinning ones stop each other (measured: docs/decisions.md).
     """
-    if config.cpu_cores is not None:
-        return {"VLLM_CPU_OMP_THREADS_BIND": config.cpu_cores}
-    return {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(len(machine.cores)),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "KMP_BLOCKTIME": "0",
-    }
+    cores = config.cpu_cores if config.cpu_cores is not None else ",".join(map(str, machine.cores))
+    return {"VLLM_CPU_OMP_THREADS_BIND": cores, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def plugins(named: str | None) -> list[str]:
