@@ -131,7 +131,7 @@ class _Engines:
             return AttachedEngine(config.engine.url)
         return Engine(
             EnginePlan(
-                label="the base",
+                label="the base's engine",
                 make_command=lambda socket: base_command(
                     self.base_model.model,
                     socket,
@@ -153,7 +153,7 @@ class _Engines:
         config = self.config
         return Engine(
             EnginePlan(
-                label=repr(name),
+                label=f"the engine of {name!r}",
                 make_command=lambda socket: dedicated_command(
                     directory, digest, socket, config.engine, config.dedicated, self.machine
                 ),

@@ -21,7 +21,7 @@ from typing import Literal
 from loradock_serve.engine_client import EngineClient, EngineStatus
 from loradock_serve.engine_command import EngineCommand
 from loradock_serve.errors import EngineError, EngineStartError, EngineUnavailableError
-from loradock_serve.process import EngineProcess
+from loradock_serve.process import EngineProcess, explain_status
 
 log = logging.getLogger("loradock.engine")
 
@@ -49,7 +49,7 @@ class EnginePlan:
     """How to run an engine: everything but the socket, which is fresh at every start."""
 
     label: str
-    """For logs and messages: "base", or the model's name."""
+    """For logs and messages: "the base's engine", or "the engine of 'NAME'"."""
     make_command: Callable[[Path], EngineCommand]
     socket_dir: Path
     log_path: Path
@@ -59,6 +59,11 @@ class EnginePlan:
     restarts: bool
     """Whether it starts again by itself after a crash, as the base does."""
 
+    @property
+    def subject(self) -> str:
+        """The label at the beginning of a sentence."""
+        return self.label[:1].upper() + self.label[1:]
+
 
 class Engine:
     """See the top of the file."""
@@ -66,7 +71,8 @@ class Engine:
     def __init__(self, plan: EnginePlan) -> None:
         self.plan = plan
         self.state: State = "stopped"
-        self.last_error: str | None = None
+        self.failure: EngineError | None = None
+        """Why it is not ready; None while it is, or has not failed yet."""
         self.starts = 0
         self._task: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[EngineStart] = asyncio.get_running_loop().create_future()
@@ -97,7 +103,7 @@ class Engine:
             self._suspected.clear()
             self._renew_ready()
             self.state = "starting"
-            self._task = asyncio.create_task(self._live(), name=f"engine {self.plan.label}")
+            self._task = asyncio.create_task(self._live(), name=self.plan.label)
 
     async def ensure_ready(self, timeout_s: float) -> EngineStart:
         """The ready start, waiting up to `timeout_s` for it; starts the engine where it does not run.
@@ -111,9 +117,9 @@ class Engine:
                 self.start()
                 return await asyncio.shield(self._ready)
         except TimeoutError:
-            reason = f": {self.last_error}" if self.last_error else ""
+            reason = f": {self.failure}" if self.failure is not None else ""
             raise EngineUnavailableError(
-                f"The engine of {self.plan.label} is not ready after {timeout_s:.0f} s{reason}", retry_after_s=10
+                f"{self.plan.subject} is not ready after {timeout_s:.0f} s{reason}", retry_after_s=10
             ) from None
 
     def suspect(self) -> None:
@@ -127,7 +133,7 @@ class Engine:
         self._stop_wanted.set()
         self._suspected.set()
         if self.state != "stopping":
-            self._fail_waiters(EngineUnavailableError(f"The engine of {self.plan.label} is being stopped"))
+            self._fail_waiters(EngineUnavailableError(f"{self.plan.subject} is being stopped"))
             self._leave_ready("stopping")  # from here on nobody is given this start
         await asyncio.wait([self._task])
 
@@ -150,7 +156,7 @@ class Engine:
                 return
             if time.monotonic() - began > STABLE_AFTER_S:
                 pause_s = FIRST_PAUSE_S
-            log.warning("engine %s restarts in %.0f s: %s", self.plan.label, pause_s, self.last_error)
+            log.warning("%s starts again in %.0f s", self.plan.label, pause_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stop_wanted.wait(), pause_s)
             if self._stop_wanted.is_set():
@@ -165,17 +171,18 @@ class Engine:
         try:
             self._process = process = await EngineProcess.start(self.plan.make_command(socket), self.plan.log_path)
         except OSError as error:  # no memory for a process, no place for its log
-            self._broke(EngineStartError(f"The engine of {self.plan.label} cannot be started: {error}"))
+            summary = f"{self.plan.subject} cannot be started"
+            self._broke(EngineStartError(f"{summary}: {error}", summary=summary))
             return
         client = EngineClient(f"unix://{socket}")
         ended = asyncio.create_task(process.wait())
         try:
             status = await self._until_ready(client, process, ended)
             if not self._stop_wanted.is_set():
-                self.state, self.last_error = "ready", None
+                self.state, self.failure = "ready", None
                 self._ready.set_result(EngineStart(self.starts, client, status))
-                log.info("engine %s is ready (start %d)", self.plan.label, self.starts)
-                await self._until_broken(client, ended)
+                log.info("%s is ready (start %d)", self.plan.label, self.starts)
+                await self._until_broken(client, process, ended)
         except EngineError as error:
             self._broke(error)
         finally:
@@ -189,8 +196,8 @@ class Engine:
         """The engine is of no use any more. Waiters of one that restarts wait on; those of another learn why not."""
         if self._stop_wanted.is_set():
             return
-        self.last_error = str(error)
-        log.error("engine %s: %s", self.plan.label, error)
+        self.failure = error
+        log.error("%s", error)
         if self.plan.restarts:
             self._leave_ready("starting")
         else:
@@ -203,28 +210,27 @@ class Engine:
         deadline = time.monotonic() + self.plan.start_timeout_s
         while True:
             if ended.done():
-                tail = process.log_tail()
-                raise EngineStartError(f"The engine of {self.plan.label} ended with status {ended.result()}:\n{tail}")
+                summary = self._end(ended)
+                raise EngineStartError(_with_tail(summary, process), summary=summary)
             if time.monotonic() > deadline:
-                raise EngineStartError(
-                    f"The engine of {self.plan.label} was not ready within {self.plan.start_timeout_s:.0f} s; "
-                    f"its log is {process.log_path}"
-                )
+                summary = f"{self.plan.subject} was not ready within {self.plan.start_timeout_s:.0f} s"
+                raise EngineStartError(f"{summary}; its log is {process.log_path}", summary=summary)
             if self._stop_wanted.is_set():
-                raise EngineUnavailableError(f"The engine of {self.plan.label} is being stopped")
+                raise EngineUnavailableError(f"{self.plan.subject} is being stopped")
             if process.socket.exists() and await client.is_healthy():
                 break
             await asyncio.wait([ended], timeout=READY_POLL_S)
         status = await client.status()
         if self.plan.needs_corrected_lora and (status is None or not status.corrected):
             wrapper = status.lora_wrapper if status is not None else "no plug-in at all"
-            raise EngineStartError(
-                f"The engine of {self.plan.label} runs without Loradock's corrected LoRA wrapper ({wrapper}) and would "
+            message = (
+                f"{self.plan.subject} runs without Loradock's corrected LoRA wrapper ({wrapper}) and would "
                 "answer with the wrong weights; is `loradock` installed in the engine's environment?"
             )
+            raise EngineStartError(message, summary=message)
         return status
 
-    async def _until_broken(self, client: EngineClient, ended: asyncio.Task[int]) -> None:
+    async def _until_broken(self, client: EngineClient, process: EngineProcess, ended: asyncio.Task[int]) -> None:
         """Watch a ready engine; returns when it is to stop, raises EngineError when it broke."""
         missed = 0
         while not self._stop_wanted.is_set():
@@ -233,18 +239,28 @@ class Engine:
             wake.cancel()
             self._suspected.clear()
             if ended.done():
-                raise EngineError(f"The engine of {self.plan.label} ended with status {ended.result()}")
+                summary = self._end(ended)
+                raise EngineError(_with_tail(summary, process), summary=summary)
             if self._stop_wanted.is_set():
                 return
             healthy = await client.is_healthy()
             missed = 0 if healthy else missed + 1
             if healthy is False or missed > MISSED_PROBES:
-                raise EngineError(f"The engine of {self.plan.label} is dead: its health check fails")
+                summary = f"{self.plan.subject} is dead: its health check fails"
+                raise EngineError(_with_tail(summary, process), summary=summary)
+
+    def _end(self, ended: asyncio.Task[int]) -> str:
+        return f"{self.plan.subject} ended with status {explain_status(ended.result())}"
 
     def _fail_waiters(self, error: EngineError) -> None:
         if not self._ready.done():
             self._ready.set_exception(error)
             self._ready.exception()  # seen: there may be no waiter at all
+
+
+def _with_tail(summary: str, process: EngineProcess) -> str:
+    """What happened, where the whole log is (`….1` once the engine has started again), and its last lines."""
+    return f"{summary}; its log is {process.log_path}, which ends:\n{process.log_tail()}"
 
 
 class AttachedEngine:
@@ -253,7 +269,8 @@ class AttachedEngine:
     def __init__(self, url: str) -> None:
         self.url = url
         self.state: State = "starting"
-        self.last_error: str | None = None
+        self.failure: EngineError | None = None
+        """Why it was not reached; None while it is."""
         self.starts = 0
         self.pid: int | None = None
         self._client = EngineClient(url)
@@ -277,14 +294,16 @@ class AttachedEngine:
                         status = await self._client.status()
                         self.starts += 1
                         self._current = EngineStart(self.starts, self._client, status)
-                        self.state, self.last_error = "ready", None
+                        self.state, self.failure = "ready", None
                         self._say_what_it_serves()
                     else:
                         await asyncio.sleep(READY_POLL_S)
                 return self._current
         except TimeoutError:
-            self.last_error = f"The engine at {self.url} does not answer"
-            raise EngineUnavailableError(self.last_error, retry_after_s=10) from None
+            self.failure = EngineUnavailableError(
+                f"The engine at {self.url} does not answer", retry_after_s=10, summary="The engine does not answer"
+            )
+            raise self.failure from None
 
     def _say_what_it_serves(self) -> None:
         status = self._current.status if self._current else None

@@ -109,14 +109,19 @@ class EngineError(GatewayError):
 
     code = "engine_error"
 
+    def __init__(self, message: str, *, summary: str = "") -> None:
+        super().__init__(message)
+        self.summary = summary
+        """One line without paths and log lines, for who has no key; empty where there is none."""
+
 
 class EngineUnavailableError(EngineError):
     """The engine is not up, and did not come up before the deadline."""
 
     code = "engine_unavailable"
 
-    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, retry_after_s: int = 5, summary: str = "") -> None:
+        super().__init__(message, summary=summary)
         self.retry_after_s = retry_after_s
 
 

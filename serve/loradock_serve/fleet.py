@@ -246,7 +246,7 @@ class Fleet:
         """Begin to stop an engine; nobody can lease it any more."""
         entry = self._dedicated[digest]
         if entry.leaving is None:
-            log.info("stopping the engine of %s", entry.engine.plan.label)
+            log.info("stopping %s", entry.engine.plan.label)
             entry.leaving = asyncio.create_task(self._leave(digest, entry.engine))
         return entry.leaving
 

@@ -31,8 +31,7 @@ def ops_router(fleet: Fleet) -> APIRouter:
         if healthy:
             return JSONResponse({"status": "healthy"})
         fleet.base.suspect()
-        why = f": {fleet.base.last_error}" if fleet.base.last_error else ""
-        return error_response(EngineUnavailableError(f"The base's engine is {fleet.base.state}{why}"))
+        return error_response(_unhealthy(fleet))
 
     @router.get("/metrics")
     async def prometheus() -> Response:
@@ -41,6 +40,15 @@ def ops_router(fleet: Fleet) -> APIRouter:
         return Response(generate_latest(metrics.REGISTRY), headers={"content-type": CONTENT_TYPE_LATEST})
 
     return router
+
+
+def _unhealthy(fleet: Fleet) -> EngineUnavailableError:
+    """State, code and one line: the route is open to anybody, and an engine's log may hold paths and secrets."""
+    failure = fleet.base.failure
+    why = f": {failure.summary}" if failure is not None and failure.summary else ""
+    error = EngineUnavailableError(f"The base's engine is {fleet.base.state}{why}")
+    error.code = failure.code if failure is not None else error.code
+    return error
 
 
 async def _look_at_attached(fleet: Fleet) -> EngineStart | None:

@@ -18,6 +18,13 @@ from loradock_serve.engine_command import EngineCommand
 
 STOP_GRACE_S = launcher.GRACE_S + 5.0
 LOG_TAIL_LINES = 30
+KEPT_LOGS = 5
+"""Logs of earlier starts: a crash's cause must outlast the first few restarts that it leads to."""
+SIGNAL_CAUSES = {
+    signal.SIGKILL.value: ", perhaps out of memory",
+    signal.SIGSEGV.value: ", a crash in native code",
+    signal.SIGABRT.value: ", an abort",
+}
 ORPHAN_POLLS, ORPHAN_POLL_S = 100, 0.05
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -30,6 +37,23 @@ def adopt_orphans() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def keep_logs(log_path: Path) -> None:
+    """Make room at `log_path`: each log of an earlier start moves on by one number, the oldest goes."""
+    logs = [log_path, *(log_path.with_name(f"{log_path.name}.{number}") for number in range(1, KEPT_LOGS + 1))]
+    for older, newer in zip(logs[:0:-1], logs[-2::-1], strict=True):
+        if newer.exists():
+            newer.replace(older)
+
+
+def explain_status(status: int) -> str:
+    """An exit status for people: over 128 it is a signal that ended the process."""
+    # The launcher's own death by a signal shows as a negative number.
+    number = status - 128 if status > 128 else -status
+    if number <= 0:
+        return f"{status}"
+    return f"{status} (killed by signal {number}{SIGNAL_CAUSES.get(number, '')})"
+
+
 class EngineProcess:
     """A running engine. Make one with `await EngineProcess.start(command, log_path)`."""
 
@@ -40,13 +64,13 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, command: EngineCommand, log_path: Path) -> "EngineProcess":
-        """Start the engine; what it prints goes to `log_path`, where the log of the start before stays as `….1`.
+        """Start the engine; what it prints goes to `log_path`, where the logs of the starts before stay as `….1`
+        to `….5`.
 
         The socket's path must be fresh: vLLM binds without unlinking, and a second start on one path fails.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        if log_path.exists():
-            log_path.replace(log_path.with_name(log_path.name + ".1"))
+        keep_logs(log_path)
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -12,7 +12,7 @@ from loradock_serve import base as base_module
 from loradock_serve.base import find_base
 from loradock_serve.engine_command import EngineCommand
 from loradock_serve.errors import ServeConfigError
-from loradock_serve.process import LOG_TAIL_LINES, EngineProcess
+from loradock_serve.process import LOG_TAIL_LINES, EngineProcess, explain_status
 from loradock_testing.tiny_checkpoints import write_base
 
 
@@ -77,8 +77,27 @@ async def test_log_of_the_start_before_is_kept_and_the_tail_is_short(tmp_path: P
     process = await run_once(log, "for n in range(100): print('line', n)")
     assert log.with_name("engine.log.1").read_text() == "first\n"
     assert process.log_tail().splitlines() == [f"line {n}" for n in range(100 - LOG_TAIL_LINES, 100)]
+    for number in range(2, 8):
+        await run_once(log, f"print('start', {number})")
+    kept = {path.name: path.read_text() for path in log.parent.iterdir() if path.name != "engine.log"}
+    assert kept == {f"engine.log.{number}": f"start {7 - number}\n" for number in range(1, 6)}
     log.unlink()
     assert "cannot be read" in process.log_tail()
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (1, "1"),
+        (128, "128"),
+        (137, "137 (killed by signal 9, perhaps out of memory)"),
+        (139, "139 (killed by signal 11, a crash in native code)"),
+        (143, "143 (killed by signal 15)"),
+        (-9, "-9 (killed by signal 9, perhaps out of memory)"),
+    ],
+)
+def test_status_over_128_is_explained_as_a_signal(status: int, text: str) -> None:
+    assert explain_status(status) == text
 
 
 async def test_stop_and_kill_of_a_process_that_has_ended_do_nothing(tmp_path: Path) -> None:

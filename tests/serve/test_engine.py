@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -85,12 +86,17 @@ async def test_failed_start_tells_every_waiter_why_and_the_next_request_tries_af
         results = await asyncio.gather(*(engine.ensure_ready(30) for _ in range(3)), return_exceptions=True)
         for result in results:
             assert isinstance(result, EngineStartError)
-            assert "The engine of the base ended with status 1:\nfake engine: this model does not load" in str(result)
-        assert engine.last_error == str(results[0])
+            log = tmp_path / "logs" / "engine.log"
+            assert str(result) == (
+                f"The base's engine ended with status 1; its log is {log}, which ends:\n"
+                "fake engine: this model does not load"
+            )
+            assert result.summary == "The base's engine ended with status 1"
+        assert engine.failure is results[0]
         await until(lambda: not engine.runs, "the failed engine's end")
         assert engine.state == "failed"
         assert (await engine.ensure_ready(30)).number == 2
-        assert engine.last_error is None
+        assert engine.failure is None
 
 
 async def test_base_that_fails_to_start_goes_on_trying_and_its_waiters_wait(tmp_path: Path) -> None:
@@ -105,7 +111,7 @@ async def test_wait_that_is_too_short_says_what_is_wrong_and_the_start_goes_on(
     monkeypatch.setattr(engine_module, "FIRST_PAUSE_S", 60.0)
     async with running(fake_engine(tmp_path, failing, restarts=True)) as engine:
         engine.start()
-        await until(lambda: engine.last_error is not None, "the first failure")
+        await until(lambda: engine.failure is not None, "the first failure")
         with pytest.raises(EngineUnavailableError, match=r"not ready after 0 s: .*\n.*does not load") as caught:
             await engine.ensure_ready(0.05)
         assert caught.value.retry_after_s == 10
@@ -128,7 +134,7 @@ async def test_start_that_takes_too_long_fails_and_names_its_log(tmp_path: Path)
 async def test_engine_that_cannot_even_be_started_says_so(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("no directory")
     engine = fake_engine(tmp_path)
-    with pytest.raises(EngineStartError, match=r"The engine of the base cannot be started: .*File exists"):
+    with pytest.raises(EngineStartError, match=r"The base's engine cannot be started: .*File exists"):
         await engine.ensure_ready(30)
 
 
@@ -139,7 +145,7 @@ async def test_stop_during_the_start_releases_the_waiters_at_once(tmp_path: Path
     pid = engine.pid
     assert pid is not None
     await engine.stop()
-    with pytest.raises(EngineUnavailableError, match="The engine of the base is being stopped"):
+    with pytest.raises(EngineUnavailableError, match="The base's engine is being stopped"):
         await waiter
     assert engine.state == "stopped"
     assert group_members(pid) == []
@@ -192,6 +198,34 @@ async def test_base_that_is_killed_restarts_and_nothing_of_the_old_one_stays(tmp
         assert await first.client.is_healthy() is False
 
 
+async def test_ready_engine_that_is_killed_leaves_one_log_line_with_its_last_words_and_the_signal(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def talkative(socket: Path) -> EngineCommand:
+        command = fake_command(socket)
+        script = "import os, runpy, sys; print('last words', flush=True); sys.argv.pop(1); "
+        script += "runpy.run_module('loradock_testing.fake_engine', run_name='__main__')"
+        return EngineCommand((sys.executable, "-c", script, *command.argv[2:]), command.environment, socket)
+
+    caplog.set_level("INFO", logger="loradock.engine")
+    async with running(fake_engine(tmp_path, talkative, restarts=True)) as engine:
+        first = await engine.ensure_ready(30)
+        assert engine.pid is not None
+        (victim,) = [pid for pid in group_members(engine.pid) if pid != engine.pid]
+        os.kill(victim, signal.SIGKILL)
+        await until(lambda: engine.current is not first, "the death to be seen")
+        await engine.ensure_ready(30)
+    log = tmp_path / "logs" / "engine.log"
+    assert [record.getMessage() for record in caplog.records] == [
+        "the base's engine is ready (start 1)",
+        "The base's engine ended with status 137 (killed by signal 9, perhaps out of memory); "
+        f"its log is {log}, which ends:\nlast words",
+        "the base's engine starts again in 0 s",
+        "the base's engine is ready (start 2)",
+    ]
+    assert log.with_name("engine.log.1").read_text() == "last words\n"
+
+
 async def test_suspected_engine_that_is_sick_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "HEALTH_POLL_S", 600.0)  # so that only the suspicion can find it
     async with running(fake_engine(tmp_path, restarts=True)) as engine:
@@ -202,7 +236,7 @@ async def test_suspected_engine_that_is_sick_restarts(tmp_path: Path, monkeypatc
         assert engine.current is first
         engine.suspect()
         await until(lambda: engine.starts == 2, "the restart")
-        assert "is dead: its health check fails" in str(engine.last_error)
+        assert "is dead: its health check fails" in str(engine.failure)
 
 
 async def test_engine_without_the_corrected_wrapper_never_becomes_ready(tmp_path: Path) -> None:
@@ -224,7 +258,7 @@ async def test_attached_engine_is_waited_for_and_counts_as_new_once_suspected(tm
     behind = await EngineProcess.start(fake_command(tmp_path / "fixed.sock"), tmp_path / "log")
     try:
         assert [start.number for start in await asyncio.gather(*waiting)] == [1, 1, 1]
-        assert (engine.state, engine.last_error) == ("ready", None)
+        assert (engine.state, engine.failure) == ("ready", None)
         engine.suspect()
         assert engine.current is None
         assert (await engine.ensure_ready(30)).number == 2

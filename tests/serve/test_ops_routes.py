@@ -32,12 +32,16 @@ async def test_engine_that_does_not_start_is_explained_by_health(
 
     base = str(write_base(tmp_path / "fail-to-start"))
     async with serving(tmp_path, monkeypatch, base=base, engine={"hold_s": 0.05}) as served:
-        await until(lambda: served.gateway.fleet.base.last_error is not None, "the failure")
-        health = await served.client.get("/health")
-        assert "fake engine: this model does not load" in health.json()["error"]["message"]
+        await until(lambda: served.gateway.fleet.base.failure is not None, "the failure")
+        error = (await served.client.get("/health")).json()["error"]
+        state = served.gateway.fleet.base.state
+        assert error["message"] == f"The base's engine is {state}: The base's engine ended with status 1"
+        assert error["code"] == "engine_start_failed"
         answer = await served.complete("base", "x")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
-        assert "is not ready after 0 s" in answer.json()["error"]["message"]
+        message = answer.json()["error"]["message"]
+        assert "is not ready after 0 s" in message
+        assert "fake engine: this model does not load" in message, "who may ask models may know why there is none"
 
 
 async def test_metrics_count_requests_by_route_and_status(served: Served) -> None:
@@ -100,6 +104,7 @@ async def test_attached_engine_serves_and_health_follows_it(tmp_path: Path, monk
         await behind.kill()
         gone = await served.client.get("/health")
         assert gone.status_code == 503
+        assert str(socket) not in gone.text
         behind = await EngineProcess.start(fake_command(socket), tmp_path / "log")
         assert await served.text("base", "again") == "base:again"
         await behind.stop()

@@ -27,7 +27,7 @@ def fake_command(
 def fake_engine(directory: Path, make_command: Callable[[Path], EngineCommand] = fake_command, **plan: Any) -> Engine:
     """An engine that is not started yet; `plan` goes over the fields of its plan."""
     fields: dict[str, Any] = {
-        "label": "the base",
+        "label": "the base's engine",
         "make_command": make_command,
         "socket_dir": directory,
         "log_path": directory / "logs" / "engine.log",
