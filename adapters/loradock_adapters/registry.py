@@ -18,7 +18,7 @@ from loradock_adapters.gate import Placement, Verdict
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import ModelRef, check_name, parse_ref
 from loradock_adapters.problems import Problem
-from loradock_adapters.registry_schema import WRITES, models, open_database, versions
+from loradock_adapters.registry_schema import WRITES, Changes, models, open_database, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,16 @@ class Registry:
 
     def __init__(self, url: str) -> None:
         self._engine = open_database(url)
+        self._changes = Changes(self._engine)
         self._writer = self._engine.execution_options(**{WRITES: True})
 
     def close(self) -> None:
         self._engine.dispose()
+        self._changes.close()
+
+    def generation(self) -> int:
+        """A number that is another one once anybody, also another process, has changed something; cheap to ask."""
+        return self._changes.generation()
 
     def publish(self, name: str, manifest: Manifest, verdict: Verdict, details: Details | None = None) -> Version:
         """Makes the next version of a name and points the name at it.

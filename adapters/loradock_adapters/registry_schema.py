@@ -5,6 +5,9 @@ The tables here are what the newest migration makes; a test compares the two. Kn
 
 import contextlib
 import fcntl
+import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,6 +100,31 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
         # A reader that turns writer in mid-transaction fails at once when another wrote meanwhile: lock first.
         writes = connection.get_execution_options().get(WRITES, False)
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class Changes:
+    """Tells whether the database has changed, in microseconds on SQLite. Threads may share it."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._file = engine.url.database if engine.dialect.name == "sqlite" else None
+        self._turn = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def generation(self) -> int:
+        """Another number after a change by any connection; where the database cannot say, another one each second."""
+        if self._file is None:
+            return int(time.monotonic())
+        with self._turn:
+            if self._connection is None:  # one that is kept: the figures of two connections cannot be compared
+                self._connection = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False)
+            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def close(self) -> None:
+        """Let go of the database; whoever asks again gets a new number."""
+        with self._turn:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
 
 
 @contextlib.contextmanager

@@ -25,6 +25,7 @@ from loradock_serve.auth import Doorkeeper
 from loradock_serve.base import ServedBase, WeightsHash, find_base
 from loradock_serve.catalog import Catalog
 from loradock_serve.config import ServeConfig
+from loradock_serve.data_dir import GatewayLock, prepare_data_dir
 from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
 from loradock_serve.engine_command import (
     Machine,
@@ -66,7 +67,19 @@ def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine |
     """
     machine = machine or this_machine()
     base = find_base(config.base, config.engine.vllm_arguments.get("revision"))
-    config.data_dir.mkdir(parents=True, exist_ok=True)
+    prepare_data_dir(config.data_dir)
+    with contextlib.ExitStack() as undo:
+        lock = GatewayLock(config.data_dir) if config.engine.url is None else None
+        if lock is not None:
+            undo.callback(lock.release)
+        gateway = _join(config, admin_key, machine, base, lock)
+        undo.pop_all()
+    return gateway
+
+
+def _join(
+    config: ServeConfig, admin_key: str | None, machine: Machine, base: ServedBase, lock: GatewayLock | None
+) -> Gateway:
     store = LocalStore(config.data_dir)
     registry = Registry(f"sqlite:///{config.data_dir / 'registry.sqlite'}")
     catalog = Catalog(registry, base.name, base.behaviour)
@@ -78,7 +91,7 @@ def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine |
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated)
     limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
     publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, WeightsHash(base.model))
-    app = _application(config, store, registry, catalog, fleet, publisher, socket_dir)
+    app = _application(config, store, registry, catalog, fleet, publisher, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, lora)
 
 
@@ -174,6 +187,7 @@ def _application(
     fleet: Fleet,
     publisher: Publisher,
     socket_dir: Path,
+    lock: GatewayLock | None,
 ) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -185,6 +199,8 @@ def _application(
             registry.close()
             with contextlib.suppress(OSError):
                 socket_dir.rmdir()
+            if lock is not None:
+                lock.release()
 
     app = FastAPI(title="Loradock", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     proxy = OpenAIProxy(catalog, fleet, max_body_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)

@@ -73,13 +73,25 @@ def find_base(base: str, revision: str | None = None) -> ServedBase:
 
 def _fetch_small_files(base: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(base, revision=revision, allow_patterns=SMALL_FILES))
     except HFValidationError:
         raise NotFoundError("neither a directory nor a Hub id (org/name)") from None
     except LocalEntryNotFoundError as error:
-        raise NotFoundError(f"not a directory, and the Hub cannot be reached: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise NotFoundError(f"not a directory, and the Hub does not give it: {error}") from error
+        raise NotFoundError(f"not a directory, and the Hub cannot be reached: {error}{_way_in(error)}") from error
+    except Exception as error:  # what the HTTP library below raises, of proxies too, has no ancestor that we know
+        raise NotFoundError(f"not a directory, and the Hub does not give it: {error}{_way_in(error)}") from error
+
+
+def _way_in(error: Exception) -> str:
+    """What to do about a repository that is there, but not for everybody."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    causes = [error, error.__cause__]
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return "; accept its terms on huggingface.co, and set HF_TOKEN to a token of that account"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return "; if it is private, set HF_TOKEN to a token that may read it"
+    return ""

@@ -1,7 +1,8 @@
 """From what a request calls a model to the version that answers, and what `/v1/models` shows.
 
 `base` and the last part of the base's id are the base; everything else is looked up in the registry, through a small
-cache that every change of a name clears. Knows nothing of engines but the states it is told.
+cache that every change of a name clears, also one that another gateway on the same registry made. Knows nothing of
+engines but the states it is told.
 """
 
 import difflib
@@ -52,6 +53,7 @@ class Catalog:
         self._base = base_behaviour
         self._cache: dict[str, Resolved] = {}
         self._misses: dict[str, list[str]] = {}
+        self._generation = -1
         self._created = int(time.time())
 
     @property
@@ -66,6 +68,9 @@ class Catalog:
 
     def resolve(self, model: str) -> Resolved:
         """The version behind `model`; ModelNotFoundError with near names where there is none."""
+        if (generation := self._registry.generation()) != self._generation:
+            self.changed()
+            self._generation = generation
         known = self._cache.get(model)
         if known is not None:
             return known

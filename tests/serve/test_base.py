@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from loradock_serve import base as base_module
 from loradock_serve.base import find_base
@@ -61,6 +62,45 @@ def test_hub_id_is_fetched_small_and_given_to_the_engine_as_it_is(
     monkeypatch.setattr(base_module, "_fetch_small_files", fetch)
     found = find_base("org/Model-1B", "v1")
     assert (found.name, found.model, asked) == ("Model-1B", "org/Model-1B", [("org/Model-1B", "v1")])
+
+
+class Failing:
+    """What the Hub's library does: raises one error, perhaps because of another."""
+
+    def __init__(self, error: Exception, cause: Exception | None = None) -> None:
+        self._error = error
+        self._cause = cause
+
+    def __call__(self, *_: object, **__: object) -> str:
+        raise self._error from self._cause
+
+
+def hub_error(kind: type[Exception]) -> Exception:
+    error = kind.__new__(kind)  # their constructors want a response of the library's own HTTP client
+    error.args = ("401 Client Error",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("failing", "expected"),
+    [
+        (Failing(hub_error(GatedRepoError)), r"accept its terms on huggingface\.co, and set HF_TOKEN"),
+        (
+            Failing(LocalEntryNotFoundError("no"), hub_error(GatedRepoError)),
+            r"cannot be reached: no; accept .*HF_TOKEN",
+        ),
+        (Failing(hub_error(RepositoryNotFoundError)), r"if it is private, set HF_TOKEN"),
+        (Failing(LocalEntryNotFoundError("offline")), r"the Hub cannot be reached: offline$"),
+        (Failing(ValueError("Unknown scheme for proxy URL")), r"does not give it: Unknown scheme for proxy URL$"),
+        (Failing(ImportError("Using SOCKS proxy, but …")), r"does not give it: Using SOCKS proxy"),
+    ],
+)
+def test_hub_that_does_not_give_the_base_is_explained(
+    monkeypatch: pytest.MonkeyPatch, failing: Failing, expected: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
+    with pytest.raises(ServeConfigError, match=expected):
+        find_base("org/model")
 
 
 async def run_once(log: Path, script: str) -> EngineProcess:

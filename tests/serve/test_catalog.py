@@ -47,15 +47,35 @@ def test_cached_name_follows_a_change(registry: Registry, monkeypatch: pytest.Mo
     with pytest.raises(ModelNotFoundError):
         catalog.resolve("a")
     publish(registry, "a", "one")
-    catalog.changed()
     assert catalog.resolve("a").engine_name == manifest("one").digest
     publish(registry, "a", "two")
-    assert catalog.resolve("a").engine_name == manifest("one").digest
-    catalog.changed()
     assert catalog.resolve("a").engine_name == manifest("two").digest
     for ref in ("a@1", "a@2", "m"):
         catalog.resolve(ref)
     assert len(catalog._cache) <= 2
+    registry.close()
+
+
+def test_what_another_gateway_changes_is_seen_at_the_next_request(registry: Registry, tmp_path: Path) -> None:
+    other = Registry(f"sqlite:///{tmp_path / 'r.sqlite'}")
+    here, there = Catalog(registry, "m", Behaviour()), Catalog(other, "m", Behaviour())
+    for publisher, content in ((other, "one"), (registry, "two"), (other, "three")):
+        publish(publisher, "a", content)
+        for catalog in (here, there, here):
+            assert catalog.resolve("a").engine_name == manifest(content).digest
+    other.delete("a")
+    with pytest.raises(ModelNotFoundError):
+        here.resolve("a")
+    registry.close()
+    other.close()
+
+
+def test_name_that_does_not_change_is_looked_up_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(registry, "a")
+    catalog = Catalog(registry, "m", Behaviour())
+    first = catalog.resolve("a")
+    monkeypatch.setattr(Registry, "resolve", None)
+    assert catalog.resolve("a") is first
     registry.close()
 
 
