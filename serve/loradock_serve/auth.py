@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loradock_serve.errors import ForbiddenError, GatewayError, UnauthorizedError
-from loradock_serve.http_errors import error_response
+from loradock_serve.http_errors import error_response, log_refusal
 
 OPEN_PATHS = frozenset({"/livez", "/health"})
 """What load balancers and container health checks ask without a key."""
@@ -27,6 +27,7 @@ class Doorkeeper:
         """ASGI."""
         refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in OPEN_PATHS else None
         if refusal is not None:
+            log_refusal(scope, refusal)
             await error_response(refusal)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
@@ -36,9 +37,7 @@ class Doorkeeper:
             return self._refusal_of_strangers(scope)
         scheme, _, token = _header(scope["headers"], b"authorization").partition(b" ")
         if not token:
-            return UnauthorizedError(
-                "This server needs an API key: send `Authorization: Bearer KEY` (LORADOCK_API_KEY)"
-            )
+            return UnauthorizedError("This server needs an API key: send `Authorization: Bearer KEY`")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
             return UnauthorizedError("The API key is not one of this server's")
         return None

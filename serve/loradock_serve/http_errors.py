@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Scope
 
 from loradock_adapters import errors as adapters
 from loradock_adapters.errors import LoradockError
@@ -22,6 +23,7 @@ from loradock_serve import errors as serve
 
 log = logging.getLogger("loradock.gateway")
 
+MAX_LOGGED_CHARS = 200
 STATUS: Mapping[type[Exception], int] = {
     serve.BadRequestError: 400,
     serve.UnauthorizedError: 401,
@@ -106,11 +108,22 @@ def explained(error: Exception) -> LoradockError | None:
     )
 
 
+def log_refusal(scope: Scope, error: LoradockError) -> None:
+    """One line for a request that is answered with an error: what was asked, by whom, and the error's code."""
+    client = scope.get("client")
+    codes = error.code
+    if isinstance(error, adapters.RefusedError):
+        codes += f" ({', '.join(dict.fromkeys(problem.code for problem in error.problems))})"
+    path = ascii(scope["path"][:MAX_LOGGED_CHARS])[1:-1]  # it may be any text of any length
+    log.warning("%s %s %s %s, from %s", scope["method"], path, status_of(error), codes, client[0] if client else "-")
+
+
 def add_handlers(app: FastAPI) -> None:
     """Have every error of the application's routes leave it in OpenAI's shape."""
 
-    async def ours(_request: Request, error: Exception) -> Response:
+    async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, LoradockError)
+        log_refusal(request.scope, error)
         return error_response(error)
 
     async def of_the_framework(request: Request, error: Exception) -> Response:
@@ -124,9 +137,10 @@ def add_handlers(app: FastAPI) -> None:
     async def hung_up(_request: Request, _error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
-    async def perhaps_full(_request: Request, error: Exception) -> Response:
+    async def perhaps_full(request: Request, error: Exception) -> Response:
         if (explanation := explained(error)) is None:
             raise error
+        log_refusal(request.scope, explanation)
         log.error("%s: %s", type(error).__name__, error)
         return error_response(explanation)
 

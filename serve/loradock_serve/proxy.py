@@ -74,7 +74,8 @@ class OpenAIProxy:
             seconds = time.monotonic() - began
             metrics.REQUESTS.labels(scope["path"], status).inc()
             metrics.REQUEST_SECONDS.labels(scope["path"]).observe(seconds)
-            log.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), status, seconds, reply.request_id)
+            outcome = f"{status}" if reply.error_code is None else f"{status} {_shown(reply.error_code)}"
+            log.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), outcome, seconds, reply.request_id)
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         try:
@@ -262,11 +263,11 @@ def _request_id(scope: Scope) -> str:
     return own if usable else f"req-{uuid.uuid4().hex}"
 
 
-def _shown(model: str | None) -> str:
-    """What a request called its model, fit for one line of a log: it may be any text of any length."""
-    if model is None:
+def _shown(word: str | None) -> str:
+    """A client's or an engine's word, fit for one line of a log: it may be any text of any length."""
+    if word is None:
         return "-"
-    return model if len(model) <= MAX_NAME_CHARS and model.isprintable() else ascii(model[:MAX_NAME_CHARS])
+    return word if len(word) <= MAX_NAME_CHARS and word.isprintable() else ascii(word[:MAX_NAME_CHARS])
 
 
 def _header(scope: Scope, name: bytes) -> str:

@@ -22,6 +22,8 @@ class Reply:
         self.model: str | None = None
         self.version: Version | None = None
         self.status = 0
+        self.error_code: str | None = None
+        """The code of the error that it answered with, also where that came after the head of a stream."""
         self._send = send
         self.ended = False
         """Whether the last byte has been handed on."""
@@ -68,6 +70,8 @@ class Reply:
         """An error as OpenAI's JSON; in a stream that has begun, its last event (and no `[DONE]` after it)."""
         if self.ended:
             return
+        code = error.get("code")  # engines put the status there once more: then the type says more
+        self.error_code = code if isinstance(code, str) else str(error.get("type"))
         if self.status != 0:
             await self.write(sse.error_event(error))
             await self.end()

@@ -292,3 +292,16 @@ async def test_listing_is_plain_json(shared: Served) -> None:
     answer = await shared.client.get("/v1/adapters")
     assert answer.headers["content-type"] == "application/json"
     assert json.loads(answer.content)["object"] == "list"
+
+
+async def test_refused_push_and_failing_route_leave_one_line_each(
+    shared: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = write_adapter(tmp_path / "a", peft_type="IA3", alora_invocation_tokens=[1])
+    assert (await shared.push(directory, "refused-and-logged")).status_code == 422
+    await shared.client.delete("/v1/adapters/never-there")
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert lines == [
+        "POST /v1/adapters/refused-and-logged/versions 422 refused (peft_type, alora, base_name), from 127.0.0.1",
+        "DELETE /v1/adapters/never-there 404 not_found, from 127.0.0.1",
+    ]

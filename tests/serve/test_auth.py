@@ -22,7 +22,7 @@ async def ask(key: str | None, path: str = "/v1/models", **headers: str) -> tupl
         return {"type": "http.disconnect"}
 
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
-    scope: Scope = {"type": "http", "method": "GET", "path": path, "headers": raw}
+    scope: Scope = {"type": "http", "method": "GET", "path": path, "headers": raw, "client": ("10.0.0.7", 1)}
     await Doorkeeper(app, key)(scope, receive, send)
     return sent[0]["status"], sent[1]["body"], dict(sent[0]["headers"])
 
@@ -46,6 +46,16 @@ async def test_wrong_key_is_refused(value: str) -> None:
     assert status == 401
     assert b"The API key is not one of this server's" in body
     assert b"s3cret" not in body
+
+
+async def test_refusals_leave_one_line_each_without_the_key(caplog: pytest.LogCaptureFixture) -> None:
+    await ask("s3cret", "/v1/models/a\nb", authorization="Bearer other-secret")
+    await ask(None, host="evil.example")
+    await ask("s3cret", authorization="Bearer s3cret")
+    assert [record.getMessage() for record in caplog.records] == [
+        "GET /v1/models/a\\nb 401 invalid_api_key, from 10.0.0.7",
+        "GET /v1/models 403 forbidden, from 10.0.0.7",
+    ]
 
 
 @pytest.mark.parametrize("path", ["/livez", "/health"])

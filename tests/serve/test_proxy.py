@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -141,6 +142,25 @@ async def test_log_of_a_strange_model_stays_on_one_line(shared: Served, caplog: 
     (line,) = [record.getMessage() for record in caplog.records]
     assert "\n" not in line
     assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "outcome"),
+    [
+        ("fine", {}, r"200 \d"),
+        ("!400", {}, r"400 X \d"),
+        ("a !error", {"stream": True}, r"200 InternalServerError \d"),
+    ],
+)
+async def test_log_of_a_request_has_the_code_of_its_error(
+    shared: Served, caplog: pytest.LogCaptureFixture, prompt: str, fields: dict[str, Any], outcome: str
+) -> None:
+    with caplog.at_level(logging.INFO, "loradock.requests"):
+        await shared.complete("base", prompt, **fields)
+        await shared.complete("nobody", prompt)
+    lines = [record.getMessage() for record in caplog.records if record.name == "loradock.requests"]
+    assert re.match(rf"/v1/completions base {outcome}", lines[0]), lines
+    assert lines[1].startswith("/v1/completions nobody 404 model_not_found ")
 
 
 @pytest.mark.parametrize("announced", [True, False])
