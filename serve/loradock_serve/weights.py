@@ -8,16 +8,24 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import shutil
+import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from loradock_adapters.registry import Version
 from loradock_adapters.store import LocalStore
+from loradock_serve import launcher
 from loradock_serve.errors import EngineStartError
+from loradock_serve.process import explain_status
 
 log = logging.getLogger("loradock.weights")
 
+MERGE = (sys.executable, "-m", "loradock_serve.merge")
+ADMIN_KEY = "LORADOCK_ADMIN_KEY"
+"""Kept from the merge, which runs third parties' code and has no use for it."""
 MERGE_LOG_TAIL_BYTES = 2000
 
 
@@ -57,26 +65,36 @@ class StoredWeights:
         shutil.rmtree(partial, ignore_errors=True)
         adapter = self._store.version_dir(version.digest)
         log.info("merging %s into the base, for an engine of its own", version.name)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "loradock_serve.merge",
-            self._base,
-            str(adapter),
-            str(partial),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        try:
-            output, _ = await process.communicate()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-        if process.returncode != 0:
+        status, output = await _run((*MERGE, self._base, str(adapter), str(partial)))
+        if status != 0:
             tail = output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace")
-            raise EngineStartError(f"{version.name!r} cannot be merged into the base:\n{tail}")
+            summary = f"{version.name!r} cannot be merged into the base: status {explain_status(status)}"
+            raise EngineStartError(f"{summary}:\n{tail}", summary=summary)
         partial.replace(target)
         return target
+
+
+async def _run(command: Sequence[str]) -> tuple[int, bytes]:
+    """A command's status and output. It ends, with every process of its own, when this task or this gateway does.
+
+    Below the launcher, as engines are: `PR_SET_PDEATHSIG` would spare what the merge itself starts, and miss a gateway
+    that dies before it is set.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", launcher.__file__, *command),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        env={key: value for key, value in os.environ.items() if key != ADMIN_KEY},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        output = await process.stdout.read()  # not communicate(): it closes stdin, which tells of the gateway's end
+        return await process.wait(), output
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _identity(base: str) -> str:

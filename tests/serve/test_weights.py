@@ -1,6 +1,8 @@
 """Where full weights come from: the store, or one merge however many ask. The merge itself is a stand-in here."""
 
 import asyncio
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 from loradock_adapters.store import LocalStore
 from loradock_serve.errors import EngineStartError
 from loradock_serve.weights import StoredWeights
+from loradock_testing.engines import group_members
 from loradock_testing.recorded_fleet import LORA, A
+from loradock_testing.waiting import until
 
 DORA = replace(LORA, placement="dedicated")
 
@@ -21,10 +25,10 @@ def weights(tmp_path: Path) -> StoredWeights:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
     """Runs `script` for `python -m loradock_serve.merge BASE ADAPTER OUT`."""
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nshift 2\n{script}\n")
+    program = tmp_path / "merge"
+    program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
-    monkeypatch.setattr("loradock_serve.weights.sys.executable", str(program))
+    monkeypatch.setattr("loradock_serve.weights.MERGE", (str(program),))
 
 
 async def test_full_model_is_read_from_the_store_itself(weights: StoredWeights, tmp_path: Path) -> None:
@@ -47,7 +51,7 @@ async def test_merge_that_fails_says_why_is_not_kept_and_is_tried_again(
     weights: StoredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(monkeypatch, tmp_path, 'mkdir "$3"; echo out of memory; exit 1')
-    with pytest.raises(EngineStartError, match=r"'lora' cannot be merged into the base:\nout of memory"):
+    with pytest.raises(EngineStartError, match=r"'lora' cannot be merged into the base: status 1:\nout of memory"):
         await weights.full_weights_dir(DORA)
     assert [path.suffix for path in (tmp_path / "merged").iterdir()] == [".partial"]
     stand_in(monkeypatch, tmp_path, 'mkdir "$3"')
@@ -80,3 +84,38 @@ async def test_merge_goes_on_when_the_request_that_began_it_is_gone(
     first.cancel()
     (tmp_path / "go").touch()
     assert (await second).is_dir()
+
+
+async def test_merge_killed_for_memory_says_so_and_the_admin_key_is_not_in_its_environment(
+    weights: StoredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORADOCK_ADMIN_KEY", "s3cret")
+    monkeypatch.setenv("LORADOCK_OTHER", "kept")
+    stand_in(monkeypatch, tmp_path, f"env > {tmp_path}/environment; kill -9 $$")
+    with pytest.raises(EngineStartError, match=r"status 137 \(killed by signal 9, perhaps out of memory\)"):
+        await weights.full_weights_dir(DORA)
+    environment = (tmp_path / "environment").read_text()
+    assert "LORADOCK_OTHER=kept" in environment
+    assert "s3cret" not in environment
+
+
+MERGES = """
+import asyncio, sys
+from pathlib import Path
+from loradock_serve import weights
+asyncio.run(weights._run(["sh", "-c", f"echo $$ > {sys.argv[1]}.new; mv {sys.argv[1]}.new {sys.argv[1]}; sleep 600"]))
+"""
+
+
+async def test_merge_ends_with_a_gateway_that_is_killed(tmp_path: Path) -> None:
+    told = tmp_path / "pid"
+    gateway = await asyncio.create_subprocess_exec(sys.executable, "-c", MERGES, str(told))
+    try:
+        await until(told.is_file, "the merge")
+        merge = int(told.read_text())
+        group = os.getpgid(merge)
+        assert merge in group_members(group)
+    finally:
+        gateway.kill()
+        await gateway.wait()
+    await until(lambda: group_members(group) == [], "the merge's end")
