@@ -37,6 +37,7 @@ def judge_lora(checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLim
     _judge_files(checkpoint, findings)
     keys = [parse_key(tensor) for tensor in checkpoint.tensors]
     _judge_parts(keys, config, findings)
+    _judge_magnitudes(keys, config, findings)
     factors = _pairs(keys, checkpoint.tensors, findings)
     if ranks is not None:
         _judge_factor_ranks(factors, ranks, findings)
@@ -156,6 +157,20 @@ def _judge_parts(keys: list[LoraKey], config: Mapping[str, Any], findings: Findi
     if not keys or not any(key.part in _FACTORS for key in keys):
         message = "no LoRA tensor inside: nothing was trained, or it was saved from the wrong process"
         findings.refuse("no_lora_tensors", message, ADAPTER_WEIGHTS)
+
+
+def _judge_magnitudes(keys: list[LoraKey], config: Mapping[str, Any], findings: Findings) -> None:
+    """PEFT fills in a DoRA magnitude that is missing with the base's own norm: it would merge another function."""
+    if not config.get("use_dora"):
+        return
+    factored = dict.fromkeys(key.module for key in keys if key.part in _FACTORS)
+    with_magnitude = {key.module for key in keys if key.part == "magnitude"}
+    findings.refuse_all(
+        "dora_magnitude_missing",
+        "the config says DoRA, and the module's magnitude vector is missing",
+        [module for module in factored if module not in with_magnitude],
+        "save the adapter with PEFT's save_pretrained; if it is a plain LoRA, set use_dora to false",
+    )
 
 
 @dataclass(frozen=True, slots=True)

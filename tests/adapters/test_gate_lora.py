@@ -21,6 +21,7 @@ from loradock_testing.checkpoints import (
     LLAMA,
     PREFIX,
     Tensor,
+    dora_magnitudes,
     f32,
     lora_tensors,
     safetensors_bytes,
@@ -253,6 +254,20 @@ def test_tensor_that_cannot_be_swapped_is_dedicated_even_where_the_config_is_sil
     assert (verdict.placement, codes(verdict)) == ("dedicated", [code])
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_dora_without_all_its_magnitudes_is_rejected(tmp_path: Path, kept: int) -> None:
+    factors = lora_tensors()
+    magnitudes = dora_magnitudes(factors)
+    some = dict(list(magnitudes.items())[:kept])
+    verdict = verdict_of(write_adapter(tmp_path, {**factors, **some}, use_dora=True))
+    assert (verdict.placement, codes(verdict)) == ("rejected", ["dora_magnitude_missing", "dora"])
+    more = len(magnitudes) - kept - 1
+    assert verdict.reasons[0].message.endswith(f"is missing (and {more} more like it)")
+    assert "set use_dora to false" in verdict.reasons[0].fix
+    whole = verdict_of(write_adapter(tmp_path, {**factors, **magnitudes}, use_dora=True))
+    assert (whole.placement, codes(whole)) == ("dedicated", ["dora"])
+
+
 def test_base_matrices_beside_embedding_factors_are_remarked_not_refused(tmp_path: Path) -> None:
     targets = ("q_proj", "embed_tokens", "lm_head")
     bases: dict[str, Tensor | None] = {
@@ -310,6 +325,7 @@ def test_every_problem_is_named_at_once_the_weightiest_first(tmp_path: Path) -> 
         [
             "passport_invalid",
             "alora",
+            "dora_magnitude_missing",
             "factor_missing",
             "module_not_in_base",
             "shape_mismatch",
@@ -525,5 +541,5 @@ def test_hostile_config_is_judged_in_a_moment(tmp_path: Path) -> None:
 def test_many_equal_faults_do_not_hide_the_others(tmp_path: Path) -> None:
     tensors = {n: f32(4, 32) if "lora_A" in n else t for n, t in lora_tensors().items()}
     verdict = verdict_of(write_adapter(tmp_path, tensors, use_dora=True))
-    assert codes(verdict) == ["shape_mismatch", "dora"]
-    assert verdict.reasons[0].message == "A takes 32 inputs, the base's module 16 (and 3 more like it)"
+    assert codes(verdict) == ["dora_magnitude_missing", "shape_mismatch", "dora"]
+    assert verdict.reasons[1].message == "A takes 32 inputs, the base's module 16 (and 3 more like it)"

@@ -88,6 +88,13 @@ def lora_tensors(
     return tensors
 
 
+def dora_magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The magnitude vectors that DoRA has beside these factors, under the name that PEFT saves them by."""
+    ends = (".lora_B.weight", ".lora_embedding_B")
+    modules = [name.removesuffix(end) for name in tensors for end in ends if name.endswith(end)]
+    return {f"{module}.lora_magnitude_vector": f32(16) for module in modules}
+
+
 def lora_config(rank: int = 4, targets: tuple[str, ...] = TARGETS, **settings: Any) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
@@ -114,6 +121,8 @@ def write_adapter(
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "adapter_config.json", lora_config(rank, targets, **settings))
     chosen = tensors if tensors is not None else lora_tensors(rank=rank, targets=targets, seed=seed)
+    if tensors is None and settings.get("use_dora"):
+        chosen = {**chosen, **dora_magnitudes(chosen)}
     (directory / "adapter_model.safetensors").write_bytes(safetensors_bytes(chosen))
     return directory
 
