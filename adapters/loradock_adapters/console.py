@@ -60,7 +60,7 @@ def problem_lines(problems: Iterable[Problem]) -> list[str]:
 def report(error: LoradockError) -> None:
     """An error, short and red, with everything that was found."""
     problems = error.problems if isinstance(error, RefusedError | ServerError) else ()
-    if isinstance(error, RefusedError):
+    if problems or isinstance(error, RefusedError):  # the message of such an error is these once more
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
         note(f"error: refused, {count}", "red")
     else:

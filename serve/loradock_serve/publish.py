@@ -124,7 +124,8 @@ class Publisher:
                 await self._forget_unless_used(manifest.digest)
         self._catalog.changed()
         PUBLISHES.labels(version.placement).inc()
-        log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)
+        if version.created:
+            log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)
         return Published(version, proven)
 
     async def _forget_unless_used(self, digest: str) -> None:

@@ -1,9 +1,12 @@
 """Run the gateway under uvicorn, in the foreground, until it is told to stop."""
 
 import asyncio
+import contextlib
 import logging
 import os
+import signal
 import socket
+from collections.abc import Iterator
 
 import uvicorn
 import uvloop
@@ -17,12 +20,14 @@ log = logging.getLogger("loradock.gateway")
 
 SHUTDOWN_GRACE_S = 10
 BACKLOG = 2048
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run(config: ServeConfig) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ServeConfigError where it cannot begin."""
+    """Serve until SIGINT or SIGTERM, then stop orderly and return. Raises ServeConfigError where it cannot begin."""
     # The lines of a server are read by people and by log collectors: one each, on stderr, with a time.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # else it names its plug-ins at every start
     adopt_orphans()
     admin_key = read_admin_key(config, os.environ)
     listener = _listen(config)
@@ -30,10 +35,23 @@ def run(config: ServeConfig) -> None:
         runner.run(_serve(config, admin_key, listener))
 
 
+class _Server(uvicorn.Server):
+    """Ends as if it had come to its end by itself: uvicorn's own raises the signal once more after an orderly stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle_exit) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 async def _serve(config: ServeConfig, admin_key: str | None, listener: socket.socket) -> None:
     gateway = build_gateway(config, admin_key)
     _announce(gateway, config, listener, admin_key)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             gateway.app,
             lifespan="on",

@@ -133,6 +133,16 @@ def test_push_of_a_broken_directory_prints_every_problem(tmp_path: Path, capsys:
     assert "safe_serialization=True" in error
 
 
+def test_push_that_the_server_refuses_prints_every_problem_once(
+    server: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [{"code": "alora", "message": "not served"}, {"code": "rank", "message": "no number", "fix": "say one"}]
+    server.answer = (422, {"error": {"message": "not served; no number", "code": "refused", "problems": found}})
+    assert run(["push", str(write_adapter(tmp_path)), "sql"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines == ["error: refused, 2 problems", "- alora: not served", "- rank: no number", "    say one"]
+
+
 def test_push_bad_name_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["push", str(write_adapter(tmp_path)), "base"]) == 2
     assert "reserved" in capsys.readouterr().err

@@ -142,7 +142,10 @@ async def raw(shared: Served, request: bytes) -> bytes:
 # Publishing
 
 
-async def test_new_version_is_created_and_the_same_bytes_again_are_not(shared: Served, tmp_path: Path) -> None:
+async def test_new_version_is_created_and_the_same_bytes_again_are_not(
+    shared: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="loradock.publish")
     directory = write_adapter(tmp_path / "a", seed=1)
     first = await shared.push(directory, "twice")
     assert first.status_code == 201
@@ -156,7 +159,11 @@ async def test_new_version_is_created_and_the_same_bytes_again_are_not(shared: S
         "created": True,
         "state": "ready",
     }
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "loradock.publish"]
+    assert line == f"published twice@1 (shared, {first.json()['digest']})"
+    caplog.clear()
     again = await shared.push(directory, "twice")
+    assert [record for record in caplog.records if record.name == "loradock.publish"] == []
     assert (again.status_code, again.json()["version"], again.json()["created"]) == (200, 1, False)
 
 

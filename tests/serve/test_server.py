@@ -86,16 +86,28 @@ async def serve(tmp_path: Path, *flags: str, **environment: str) -> AsyncIterato
         await process.wait()
 
 
-async def test_server_told_to_stop_leaves_no_process_and_no_socket(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_server_told_to_stop_leaves_no_process_and_no_socket_and_status_0(tmp_path: Path, number: int) -> None:
     async with serve(tmp_path) as running:
         await running.until_listening()
         group = await running.engine_group()
         assert len(group_members(group)) == 2
-        running.process.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(running.process.wait(), 20)
+        running.process.send_signal(number)
+        assert await asyncio.wait_for(running.process.wait(), 20) == 0
         assert group_members(group) == []
         assert list((tmp_path / "tmp").glob("loradock-*")) == []
         assert "Traceback" not in running.log
+        assert "alembic" not in running.log
+
+
+async def test_second_server_on_one_data_dir_ends_with_status_2_and_names_the_first(tmp_path: Path) -> None:
+    async with serve(tmp_path) as first:
+        await first.until_listening()
+        (tmp_path / "second").mkdir()
+        async with serve(tmp_path / "second", "--data-dir", str(tmp_path / "data")) as second:
+            assert await asyncio.wait_for(second.process.wait(), 20) == 2
+            assert f"in use by another gateway, process {first.process.pid}" in " ".join(second.log.split())
+            assert "Traceback" not in second.log
 
 
 async def test_server_that_is_killed_leaves_no_engine_and_no_socket(tmp_path: Path) -> None:
