@@ -118,9 +118,10 @@ class ServeConfig(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """Port to listen on; 0 takes a free one and prints it. Default 8080."""
     data_dir: DirectoryPath = Field(default_factory=default_data_dir)
-    """Where uploads, the registry and engine logs live. Default `~/.local/share/loradock`."""
+    """Where uploads, the registry and engine logs live; in a file relative to it. Default `~/.local/share/loradock`."""
     admin_key_file: DirectoryPath | None = None
-    """A file whose content is the admin key. The environment's LORADOCK_ADMIN_KEY is the other way. Default: none."""
+    """A file whose content is the admin key; in a file relative to it. The environment's LORADOCK_ADMIN_KEY is the
+    other way. Default: none."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     """Seconds after which a request that is still running is cut off. Default 3600."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024**2
@@ -152,6 +153,9 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ServeConfig:
     data |= {key: value for key, value in overrides.items() if value is not None}
     if path is not None and isinstance(data.get("base"), str) and "base" not in {k for k, v in overrides.items() if v}:
         data["base"] = _beside(path, data["base"])
+    for key in ("data_dir", "admin_key_file"):
+        if path is not None and isinstance(data.get(key), str) and overrides.get(key) is None:
+            data[key] = str(path.parent / Path(data[key]).expanduser())
     try:
         return ServeConfig.model_validate(data)
     except ValidationError as error:

@@ -55,6 +55,21 @@ def test_relative_base_in_a_file_is_meant_from_that_file(tmp_path: Path) -> None
     assert load_config(path, {"base": "./flag"}).base == "./flag"
 
 
+def test_relative_places_in_a_file_are_meant_from_that_file_and_those_of_flags_are_not(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "base: x\ndata_dir: data\nadmin_key_file: ../key\n")
+    config = load_config(path, {})
+    assert (config.data_dir, config.admin_key_file) == (tmp_path / "data", tmp_path / ".." / "key")
+    assert load_config(path, {"data_dir": Path("flag")}).data_dir == Path("flag")
+    write(path, "base: x\ndata_dir: ~/data\nadmin_key_file: /etc/key\n")
+    config = load_config(path, {})
+    assert (config.data_dir, config.admin_key_file) == (Path.home() / "data", Path("/etc/key"))
+
+
+def test_place_that_is_no_text_is_a_problem_like_any_other(tmp_path: Path) -> None:
+    with pytest.raises(ServeConfigError, match="data_dir"):
+        load_config(write(tmp_path / "c.yaml", "base: x\ndata_dir: 7\n"), {})
+
+
 def test_unreadable_file_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none.yaml: cannot be read"):
         load_config(tmp_path / "none.yaml", {})
