@@ -5,6 +5,7 @@ for a name and are never given out twice, not even after the name was deleted: `
 not know where the bytes are (store.py).
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import Checkpoint, Kind
 from loradock_adapters.errors import NotFoundError
 from loradock_adapters.gate import Placement, Verdict
@@ -54,6 +56,8 @@ class Version:
     """Whether the name points at it."""
     created: bool = False
     """Whether the call that returned it made it."""
+    base: BaseIdentity | None = None
+    """The base that it was judged for; None where nobody said."""
 
     @property
     def ref(self) -> ModelRef:
@@ -83,11 +87,18 @@ class Registry:
         """A number that is another one once anybody, also another process, has changed something; cheap to ask."""
         return self._changes.generation()
 
-    def publish(self, name: str, manifest: Manifest, verdict: Verdict, details: Details | None = None) -> Version:
-        """Makes the next version of a name and points the name at it.
+    def publish(
+        self,
+        name: str,
+        manifest: Manifest,
+        verdict: Verdict,
+        details: Details | None = None,
+        base: BaseIdentity | None = None,
+    ) -> Version:
+        """Makes the next version of a name, judged for a base, and points the name at it.
 
         The same bytes as the current version are no new version: that one is returned, with `created` False, and with
-        the new verdict (the engine's settings may have changed since).
+        the new verdict and base (they and the engine's settings may have changed since).
         """
         check_name(name)
         if verdict.placement == "rejected":
@@ -99,9 +110,9 @@ class Registry:
             elif model.current_number is not None:
                 current = _read(connection, name, versions.c.number == model.current_number)
                 if current is not None and current.digest == manifest.digest:
-                    return _rejudged(connection, current, verdict)
+                    return _rejudged(connection, current, verdict, base)
             number = 1 if model is None else model.last_number + 1
-            row = _row(name, number, manifest, verdict, details or Details())
+            row = _row(name, number, manifest, verdict, details or Details(), base)
             connection.execute(sa.insert(versions).values(row))
             connection.execute(
                 sa.update(models).where(models.c.name == name).values(current_number=number, last_number=number)
@@ -170,6 +181,19 @@ class Registry:
             connection.execute(sa.update(models).where(models.c.name == name).values(current_number=None))
             return removed
 
+    def claim(self, base: BaseIdentity) -> int:
+        """Takes versions of which nobody said their base for this one's; returns how many."""
+        query = sa.update(versions).where(versions.c.base.is_(sa.null())).values(base=base.to_json())
+        with self._writer.begin() as connection:
+            return connection.execute(query).rowcount
+
+    def bases(self) -> dict[BaseIdentity, int]:
+        """The bases that adapters were published for, each with the number of their versions."""
+        query = sa.select(versions.c.base).where(versions.c.kind == "lora")
+        with self._engine.connect() as connection:
+            known = [BaseIdentity.from_json(document) for document in connection.execute(query).scalars()]
+        return dict(Counter(base for base in known if base is not None))
+
     def digests(self) -> set[str]:
         """The digests of all versions: what the store must keep."""
         with self._engine.connect() as connection:
@@ -199,18 +223,24 @@ def _read(connection: sa.Connection, name: str, which: sa.ColumnElement[bool]) -
     return None if row is None else _version(row._mapping, row.current_number)
 
 
-def _rejudged(connection: sa.Connection, version: Version, verdict: Verdict) -> Version:
+def _rejudged(connection: sa.Connection, version: Version, verdict: Verdict, base: BaseIdentity | None) -> Version:
     """The same version with the verdict of today."""
-    fresh = replace(version, placement=verdict.placement, reasons=verdict.reasons, rank=verdict.rank)
+    fresh = replace(version, placement=verdict.placement, reasons=verdict.reasons, rank=verdict.rank, base=base)
     if fresh != version:
         where = (versions.c.name == version.name) & (versions.c.number == version.number)
         reasons = [reason.to_json() for reason in fresh.reasons]
-        columns = {"placement": fresh.placement, "reasons": reasons, "rank": fresh.rank}
+        columns = {"placement": fresh.placement, "reasons": reasons, "rank": fresh.rank, "base": _base_json(base)}
         connection.execute(sa.update(versions).where(where).values(columns))
     return fresh
 
 
-def _row(name: str, number: int, manifest: Manifest, verdict: Verdict, details: Details) -> dict[str, Any]:
+def _base_json(base: BaseIdentity | None) -> dict[str, str | None] | None:
+    return base.to_json() if base is not None else None
+
+
+def _row(
+    name: str, number: int, manifest: Manifest, verdict: Verdict, details: Details, base: BaseIdentity | None
+) -> dict[str, Any]:
     return {
         "name": name,
         "number": number,
@@ -224,6 +254,7 @@ def _row(name: str, number: int, manifest: Manifest, verdict: Verdict, details: 
         "chat_template": details.chat_template,
         "stop_token_ids": list(details.stop_token_ids),
         "manifest": manifest.to_json(),
+        "base": _base_json(base),
     }
 
 
@@ -242,4 +273,5 @@ def _version(row: Mapping[str, Any] | sa.RowMapping, current_number: int | None,
         stop_token_ids=tuple(row["stop_token_ids"]),
         current=row["number"] == current_number,
         created=created,
+        base=BaseIdentity.from_json(row["base"]),
     )

@@ -66,6 +66,7 @@ versions = sa.Table(
     sa.Column("chat_template", sa.Text, nullable=True),
     sa.Column("stop_token_ids", sa.JSON, nullable=False),
     sa.Column("manifest", sa.JSON, nullable=False),
+    sa.Column("base", sa.JSON(none_as_null=True), nullable=True),  # null: from before 0002, not claimed yet
     sa.Index("versions_by_digest", "digest"),
 )
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
+from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.errors import InvalidNameError, NotFoundError, RegistryError
 from loradock_adapters.gate import Verdict
 from loradock_adapters.manifest import FileEntry, Manifest
@@ -276,11 +277,59 @@ def test_fresh_database_has_the_schema_that_the_code_expects(url: str) -> None:
     engine = open_database(url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == "0001"
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == "0002"
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
     engine.dispose()
+
+
+BASE = BaseIdentity("m", "a" * 64, "b" * 64)
+OTHER = BaseIdentity("m", "a" * 64, "c" * 64)
+
+
+def test_version_remembers_its_base_and_the_same_bytes_take_the_base_of_today(registry: Registry) -> None:
+    assert registry.publish("sql", manifest(), SHARED, base=BASE).base == BASE
+    assert registry.resolve("sql").base == BASE
+    assert registry.publish("sql", manifest(), SHARED, base=OTHER).base == OTHER
+    assert registry.resolve("sql").base == OTHER
+    registry.publish("full", manifest(2), Verdict("full", "dedicated", (), None), base=BASE)
+    assert registry.bases() == {OTHER: 1}, "full models need no base"
+
+
+def test_versions_without_a_base_are_claimed_once(registry: Registry) -> None:
+    registry.publish("old", manifest(1), SHARED)
+    registry.publish("new", manifest(2), SHARED, base=OTHER)
+    assert registry.bases() == {OTHER: 1}
+    assert registry.claim(BASE) == 1
+    assert (registry.resolve("old").base, registry.resolve("new").base) == (BASE, OTHER)
+    assert registry.claim(OTHER) == 0
+
+
+def test_database_from_before_bases_were_recorded_keeps_its_versions(url: str, tmp_path: Path) -> None:
+    old = Registry(url)
+    old.publish("sql", manifest(), SHARED)
+    old.close()
+    with sqlite3.connect(tmp_path / "registry.db") as raw:
+        raw.execute("ALTER TABLE versions DROP COLUMN base")
+        raw.execute("UPDATE alembic_version SET version_num = '0001'")
+    raw.close()
+    upgraded = Registry(url)
+    assert upgraded.resolve("sql").base is None
+    assert upgraded.claim(BASE) == 1
+    assert upgraded.resolve("sql").base == BASE
+    upgraded.close()
+
+
+def test_generation_changes_with_every_commit_also_of_another_process(registry: Registry, url: str) -> None:
+    seen = [registry.generation()]
+    assert registry.generation() == seen[0]
+    other = Registry(url)
+    for publisher in (other, registry):
+        publisher.publish("sql", manifest(len(seen)), SHARED)
+        seen.append(registry.generation())
+    assert len(set(seen)) == 3
+    other.close()
 
 
 def test_database_of_a_newer_loradock_refused_and_untouched(url: str, tmp_path: Path) -> None:
