@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from loradock_adapters.names import check_name
 from loradock_adapters.registry import Registry, Version
 from loradock_adapters.store import LocalStore
-from loradock_serve.catalog import reasons_json
+from loradock_serve.catalog import Catalog, reasons_json
 from loradock_serve.errors import BadRequestError, LengthRequiredError, TooLargeError
 from loradock_serve.metrics import UPLOADED_BYTES
 from loradock_serve.publish import Publisher
@@ -28,7 +28,13 @@ the work."""
 
 
 def adapters_router(
-    store: LocalStore, registry: Registry, publisher: Publisher, states: States, *, max_upload_bytes: int
+    store: LocalStore,
+    registry: Registry,
+    catalog: Catalog,
+    publisher: Publisher,
+    states: States,
+    *,
+    max_upload_bytes: int,
 ) -> APIRouter:
     """The routes, bound to their parts."""
     router = APIRouter(prefix="/v1/adapters")
@@ -53,12 +59,12 @@ def adapters_router(
 
     @router.get("")
     async def all_adapters() -> Response:
-        data = [summary(version, states.of(version)) for version in registry.models()]
+        data = [summary(version, states.of(version)) for version in map(catalog.fit, registry.models())]
         return JSONResponse({"object": "list", "data": data})
 
     @router.get("/{name}")
     async def one_adapter(name: str) -> Response:
-        versions = registry.versions(check_name(name))
+        versions = [catalog.fit(version) for version in registry.versions(check_name(name))]
         current = next(version for version in versions if version.current)
         return JSONResponse(details(current, versions, states.of(current)))
 
@@ -72,7 +78,7 @@ def adapters_router(
         number = (await _json_object(request)).get("version")
         if not isinstance(number, int) or isinstance(number, bool):
             raise BadRequestError('Say which version: {"version": 2}', param="version")
-        version = await publisher.roll_back(check_name(name), number)
+        version = catalog.fit(await publisher.roll_back(check_name(name), number))
         return JSONResponse(summary(version, states.of(version)))
 
     return router

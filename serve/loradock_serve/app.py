@@ -34,6 +34,7 @@ from loradock_serve.engine_command import (
     dedicated_command,
     this_machine,
 )
+from loradock_serve.fit import Fit
 from loradock_serve.fleet import Fleet
 from loradock_serve.http_errors import add_handlers
 from loradock_serve.models_routes import models_router
@@ -82,17 +83,34 @@ def _join(
 ) -> Gateway:
     store = LocalStore(config.data_dir)
     registry = Registry(f"sqlite:///{config.data_dir / 'registry.sqlite'}")
-    catalog = Catalog(registry, base.name, base.behaviour)
     lora = lora_sizing(config, base, machine)
+    limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
+    catalog = Catalog(registry, base.name, base.behaviour, _fit(config, registry, base, limits))
     # A Unix socket's path has room for 107 bytes: not under a data_dir that may be deep.
     socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))
     weights = StoredWeights(store, base.model, config.data_dir / "merged")
     engines = _Engines(config, machine, base, lora, socket_dir)
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated)
-    limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
-    publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, WeightsHash(base.model))
+    publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model))
     app = _application(config, store, registry, catalog, fleet, publisher, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, lora)
+
+
+def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: EngineLimits) -> Fit:
+    """What fits this server; and a warning where the data_dir holds adapters that do not, being another base's."""
+    attached = config.engine.url is not None
+    if not attached and (claimed := registry.claim(base.identity)):
+        log.info("%d version(s) without a recorded base are taken for %s", claimed, base.identity)
+    for other, count in registry.bases().items():
+        if not other.is_same(base.identity):
+            log.warning(
+                "data_dir holds %d adapter version(s) published for the base %s, and this server's is %s: requests for "
+                "them are answered 409 until they are pushed again, or that base is served",
+                count,
+                other,
+                base.identity,
+            )
+    return Fit(base.identity, None if attached and config.engine.max_lora_rank is None else limits)
 
 
 def lora_sizing(config: ServeConfig, base: ServedBase, machine: Machine) -> sizing.LoraSizing | None:
@@ -208,7 +226,9 @@ def _application(
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
     states = States(fleet)
     app.include_router(models_router(catalog, publisher, states))
-    app.include_router(adapters_router(store, registry, publisher, states, max_upload_bytes=config.max_upload_bytes))
+    app.include_router(
+        adapters_router(store, registry, catalog, publisher, states, max_upload_bytes=config.max_upload_bytes)
+    )
     app.include_router(ops_router(fleet))
 
     add_handlers(app)

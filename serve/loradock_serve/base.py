@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from loradock_adapters.base import BaseModel, base_from
+from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import read_checkpoint, resolve_checkpoint_dir
 from loradock_adapters.errors import LoradockError, NotFoundError
 from loradock_adapters.passport import weights_sha256
@@ -30,6 +31,8 @@ class ServedBase:
     facts: BaseModel
     behaviour: Behaviour
     """Its own chat template and stop tokens, to tell an adapter's from."""
+    identity: BaseIdentity
+    """What is remembered with the versions that are published for it."""
 
 
 class WeightsHash:
@@ -64,11 +67,15 @@ def find_base(base: str, revision: str | None = None) -> ServedBase:
             model, name = base, PurePosixPath(base).name
         facts = base_from(directory, model_id=base)
         checkpoint = read_checkpoint(directory)
+        identity = BaseIdentity.of(name, directory, with_weights=path.is_dir())
     except NotFoundError as error:
         raise ServeConfigError(f"base {base!r}: {error}") from error
     except LoradockError as error:
         raise ServeConfigError(f"base {base!r} cannot be served: {error}") from error
-    return ServedBase(name, model, facts, Behaviour(checkpoint.chat_template, checkpoint.stop_token_ids))
+    except OSError as error:
+        raise ServeConfigError(f"base {base!r} cannot be read: {error}") from error
+    behaviour = Behaviour(checkpoint.chat_template, checkpoint.stop_token_ids)
+    return ServedBase(name, model, facts, behaviour, identity)
 
 
 def _fetch_small_files(base: str, revision: str | None) -> Path:

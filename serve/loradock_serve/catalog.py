@@ -15,7 +15,7 @@ from loradock_adapters.errors import InvalidNameError, NotFoundError
 from loradock_adapters.names import parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, ModelNotFoundError
+from loradock_serve.errors import ConflictError, ModelNotFoundError, UnfitError
 from loradock_serve.rewrite import Behaviour
 
 MAX_CACHED = 4096
@@ -47,10 +47,18 @@ class Resolved:
 class Catalog:
     """Names to versions. Reads come from the event loop; changes go through `changed()`."""
 
-    def __init__(self, registry: Registry, base_name: str, base_behaviour: Behaviour) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        base_name: str,
+        base_behaviour: Behaviour,
+        fit: Callable[[Version], Version] = lambda version: version,
+    ) -> None:
+        """`fit` gives a version as this server can serve it today (`fit.py`)."""
         self.base_name = base_name
         self._registry = registry
         self._base = base_behaviour
+        self.fit = fit
         self._cache: dict[str, Resolved] = {}
         self._misses: dict[str, list[str]] = {}
         self._generation = -1
@@ -84,9 +92,17 @@ class Catalog:
         self._cache[model] = resolved
         return resolved
 
+    def resolve_to_answer(self, model: str) -> Resolved:
+        """As `resolve`, for a request that the version is to answer; UnfitError where it cannot on this server."""
+        resolved = self.resolve(model)
+        version = resolved.version
+        if version is not None and version.placement == "rejected":
+            raise UnfitError(f"{version.name!r} version {version.number}", version.reasons[0])
+        return resolved
+
     def _look_up(self, model: str) -> Version:
         try:
-            return self._registry.resolve(parse_ref(model))
+            return self.fit(self._registry.resolve(parse_ref(model)))
         except (InvalidNameError, NotFoundError):
             raise ModelNotFoundError(model, self._near(model)) from None
 
@@ -119,7 +135,10 @@ class Catalog:
         """All entries of `/v1/models`, the base first."""
         return [
             self.base_card(base_state),
-            *(version_card(version, version.name, state_of(version)) for version in self._registry.models()),
+            *(
+                version_card(version, version.name, state_of(version))
+                for version in map(self.fit, self._registry.models())
+            ),
         ]
 
     def base_card(self, state: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ LoradockError
     ├── ForbiddenError            the key, or the way in, does not allow this
     ├── ModelNotFoundError        no such model; carries near names
     ├── ConflictError             the request contradicts what is stored, or how this server is set up
+    │   └── UnfitError            a version that was published for another base
     ├── LengthRequiredError       an upload that does not say how long it is
     ├── TooLargeError             a body is over its limit
     ├── StorageFullError          there is no room on the disk for what was sent
@@ -23,6 +24,7 @@ LoradockError
 from collections.abc import Sequence
 
 from loradock_adapters.errors import LoradockError, UsageError
+from loradock_adapters.problems import Problem
 
 
 class ServeConfigError(UsageError):
@@ -78,6 +80,16 @@ class ConflictError(GatewayError):
     """What is asked contradicts what is stored."""
 
     code = "conflict"
+
+
+class UnfitError(ConflictError):
+    """The version was published for another base than the one that is served."""
+
+    code = "unfit"
+
+    def __init__(self, what: str, reason: Problem) -> None:
+        super().__init__(f"{what} does not fit this server: {reason}; {reason.fix}")
+        self.problems = (reason,)
 
 
 class LengthRequiredError(GatewayError):

@@ -108,7 +108,7 @@ class OpenAIProxy:
         path = scope["path"]
         payload = rewrite.parse_body(body)
         reply.model = rewrite.model_of(payload)
-        resolved = self._catalog.resolve(reply.model)
+        resolved = self._catalog.resolve_to_answer(reply.model)
         reply.version = resolved.version
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour)
         if not await self._attempt(scope, reply, resolved, out):

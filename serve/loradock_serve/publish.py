@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loradock_adapters.base import BaseModel
+from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import Checkpoint, read_checkpoint
 from loradock_adapters.engine_rules import EngineLimits
 from loradock_adapters.errors import RefusedError
@@ -85,6 +86,7 @@ class Publisher:
         fleet: Fleet,
         base: BaseModel,
         limits: EngineLimits,
+        identity: BaseIdentity,
         weights_hash: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._store = store
@@ -93,6 +95,7 @@ class Publisher:
         self._fleet = fleet
         self._base = base
         self._limits = limits
+        self._identity = identity
         self._weights_hash = weights_hash
         self._turns = Turns()
 
@@ -115,7 +118,8 @@ class Publisher:
         try:
             checkpoint, verdict = await asyncio.to_thread(self._judge, directory)
             proven = await self._prove(manifest.digest, directory, verdict)
-            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, Details.of(checkpoint))
+            details = Details.of(checkpoint)
+            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
         except RefusedError:
             PUBLISHES.labels("rejected").inc()
             raise

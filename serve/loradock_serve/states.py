@@ -16,7 +16,9 @@ class States:
         return self._fleet.base.state
 
     def of(self, version: Version) -> str:
-        """Shared: `loaded` once the engine has it, else `stored`. Dedicated: the state of its engine."""
+        """Shared: `loaded` once the engine has it, else `stored`. Dedicated: the state of its engine. Else `unfit`."""
+        if version.placement == "rejected":
+            return "unfit"
         if version.placement == "dedicated":
             return self._fleet.dedicated_state(version.digest)
         return "loaded" if self._fleet.loader.is_loaded(version.digest) else "stored"
