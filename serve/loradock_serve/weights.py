@@ -23,6 +23,7 @@ from loradock_serve.process import explain_status
 
 log = logging.getLogger("loradock.weights")
 
+PARTIAL = ".partial"
 MERGE = (sys.executable, "-m", "loradock_serve.merge")
 ADMIN_KEY = "LORADOCK_ADMIN_KEY"
 """Kept from the merge, which runs third parties' code and has no use for it."""
@@ -61,8 +62,8 @@ class StoredWeights:
 
     async def _merge(self, version: Version, target: Path) -> Path:
         self._root.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        _drop_left_overs(target)
+        partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
         adapter = self._store.version_dir(version.digest)
         log.info("merging %s into the base, for an engine of its own", version.name)
         status, output = await _run((*MERGE, self._base, str(adapter), str(partial)))
@@ -70,8 +71,19 @@ class StoredWeights:
             tail = output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace")
             summary = f"{version.name!r} cannot be merged into the base: status {explain_status(status)}"
             raise EngineStartError(f"{summary}:\n{tail}", summary=summary)
-        partial.replace(target)
+        if target.is_dir():  # another gateway on this data_dir was quicker
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.replace(target)
         return target
+
+
+def _drop_left_overs(target: Path) -> None:
+    """Earlier attempts of this process, or of one that is gone; what another gateway writes now is its own."""
+    for partial in target.parent.glob(f"{target.name}.*{PARTIAL}"):
+        pid = partial.name.removesuffix(PARTIAL).rpartition(".")[2]
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 async def _run(command: Sequence[str]) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +57,24 @@ async def test_merge_that_fails_says_why_is_not_kept_and_is_tried_again(
     assert [path.suffix for path in (tmp_path / "merged").iterdir()] == [".partial"]
     stand_in(monkeypatch, tmp_path, 'mkdir "$3"')
     assert (await weights.full_weights_dir(DORA)).is_dir()
+
+
+async def test_merges_of_two_gateways_do_not_meet_and_those_of_dead_ones_go(
+    weights: StoredWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(monkeypatch, tmp_path, 'mkdir "$3"; echo "$3" > "$3/mine"')
+    first = await weights.full_weights_dir(DORA)
+    gone = await asyncio.create_subprocess_exec("true")
+    await gone.wait()
+    left_over, others = (first.with_name(f"{first.name}.{pid}.partial") for pid in (gone.pid, os.getppid()))
+    shutil.rmtree(first)
+    for path in (left_over, others):
+        path.mkdir()
+    # While this one merges, the other gateway puts its own merge in place.
+    stand_in(monkeypatch, tmp_path, f'mkdir "$3"; mkdir {first}; touch {first}/theirs')
+    assert await weights.full_weights_dir(DORA) == first
+    assert sorted(path.name for path in first.parent.iterdir()) == sorted([first.name, others.name])
+    assert [path.name for path in first.iterdir()] == ["theirs"]
 
 
 async def test_merge_into_another_base_is_another_merge(
