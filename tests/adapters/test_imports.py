@@ -9,10 +9,11 @@ import loradock_adapters
 
 ROOT = Path(loradock_adapters.__file__).parent
 LIGHT = {"typer", "rich", "httpx", "pydantic", "yaml"}
+MIGRATIONS = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("migrations/versions/0*.py")}
 HEAVY_HOMES = {
     "numpy": {"values.py"},
-    "sqlalchemy": {"registry.py", "registry_schema.py", "migrations/versions/0001_names_and_versions.py"},
-    "alembic": {"registry_schema.py", "migrations/env.py", "migrations/versions/0001_names_and_versions.py"},
+    "sqlalchemy": {"registry.py", "registry_schema.py"} | MIGRATIONS,
+    "alembic": {"registry_schema.py", "migrations/env.py"} | MIGRATIONS,
 }
 
 
