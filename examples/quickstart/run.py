@@ -104,7 +104,7 @@ def train(paths: Paths, yaml: str, title: str, task: str) -> None:
 @contextmanager
 def serving(paths: Paths, port: int) -> Iterator[str]:
     """`loradock serve` while the block runs; the address. The server is always stopped, engines and all."""
-    command = [program(), "serve", os.path.relpath(HERE / "serve.yaml"), "--base", str(paths.checkpoint(BASE))]
+    command = [program(), "serve", os.path.relpath(HERE / "serve.yaml"), "--base", str(paths.run(BASE))]
     command += ["--port", str(port), "--data-dir", str(paths.server)]
     console.print(f"[dim]$ {escape(shown(command))}", highlight=False, soft_wrap=True)
     # No admin key from the environment: this server is for this machine alone. In a session of its own, so that a
