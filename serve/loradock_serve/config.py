@@ -155,7 +155,7 @@ def load_config(path: Path | None, overrides: Mapping[str, Any]) -> ServeConfig:
         data["base"] = _beside(path, data["base"])
     for key in ("data_dir", "admin_key_file"):
         if path is not None and isinstance(data.get(key), str) and overrides.get(key) is None:
-            data[key] = str(path.parent / Path(data[key]).expanduser())
+            data[key] = str(path.parent.absolute() / Path(data[key]).expanduser())
     try:
         return ServeConfig.model_validate(data)
     except ValidationError as error:
