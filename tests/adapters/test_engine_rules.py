@@ -183,8 +183,8 @@ def test_features_and_tensor_names_are_taken_as_by_the_installed_vllm() -> None:
 
 def test_settings_are_those_of_the_installed_peft() -> None:
     spec = find_spec("peft")
-    if spec is None or spec.origin is None:
-        pytest.skip("PEFT is not installed")
+    assert spec is not None, "the locks bring PEFT"
+    assert spec.origin is not None
     tree = ast.parse((Path(spec.origin).parent / "tuners" / "lora" / "config.py").read_text())
     cls = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "LoraConfig")
     fields = {
