@@ -71,9 +71,7 @@ def this_machine() -> Machine:
     if device == "gpu":
         gpu_bytes = _gpu_memory_bytes()
         if gpu_bytes is None:
-            log.warning(
-                "nvidia-smi does not tell the GPU's memory: slots and shares follow the host's instead"
-            )
+            log.warning("nvidia-smi does not tell the GPU's memory: slots and shares follow the host's instead")
         memory_bytes = gpu_bytes or memory_bytes
     return Machine(device, memory_bytes, tuple(sorted(os.sched_getaffinity(0))))
 
