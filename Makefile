@@ -78,6 +78,10 @@ bench: $(STAMP) ## benchmarks: a table, then one JSON line
 	@shopt -s nullglob; found=0; for file in benchmarks/*.py; do found=1; $(BIN)/python $$file $(ARGS); done; \
 	    [ $$found = 1 ] || { echo "no benchmarks/*.py yet" >&2; exit 1; }
 
+.PHONY: bench-gateway
+bench-gateway: $(STAMP) ## the gateway beside vllm-router and LiteLLM, each installed in an environment of its own
+	@$(BIN)/python benchmarks/gateway_overhead.py --others $(VENV)/other-gateways $(ARGS)
+
 .PHONY: image-cpu image-gpu
 image-cpu: ## builds the CPU image (BUILD="buildah build" or another builder)
 	@$(or $(BUILD),docker build) -f docker/Dockerfile.cpu --build-arg TORCH_CPU_INDEX="$(TORCH_CPU_INDEX)" -t loradock:cpu .
