@@ -74,9 +74,9 @@ format: $(STAMP) ## ruff: format and mend what can be mended
 	@$(BIN)/ruff check --fix .
 
 .PHONY: bench
-bench: $(STAMP) ## benchmarks: a table, then one JSON line
-	@shopt -s nullglob; found=0; for file in benchmarks/*.py; do found=1; $(BIN)/python $$file $(ARGS); done; \
-	    [ $$found = 1 ] || { echo "no benchmarks/*.py yet" >&2; exit 1; }
+bench: $(STAMP) ## benchmarks: tables, then one JSON line each (BENCH=multi_adapter: that one; ARGS goes to it)
+	@shopt -s nullglob; found=0; for file in benchmarks/$(or $(BENCH),*).py; do found=1; $(BIN)/python $$file $(ARGS); done; \
+	    [ $$found = 1 ] || { echo "no benchmarks/$(or $(BENCH),*).py" >&2; exit 1; }
 
 .PHONY: bench-gateway
 bench-gateway: $(STAMP) ## the gateway beside vllm-router and LiteLLM, each installed in an environment of its own
