@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+
 from gateways.client import Load, Timing, latencies, load
 from gateways.mock_engine import EVENTS
 from gateways.sides import LITELLM, MOCK, OURS, REQUIREMENTS, ROUTER, Side, running
