@@ -20,7 +20,8 @@ from loradock_adapters.gate import Placement, Verdict
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import ModelRef, check_name, parse_ref
 from loradock_adapters.problems import Problem
-from loradock_adapters.registry_schema import WRITES, Changes, models, open_database, versions
+from loradock_adapters.registry_schema import WRITES, Changes, models, open_database, pins, versions
+from loradock_adapters.traffic import TrafficTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ class Registry:
         self._engine = open_database(url)
         self._changes = Changes(self._engine)
         self._writer = self._engine.execution_options(**{WRITES: True})
+        self.traffic = TrafficTable(self._engine, self._writer)
+        """How much each version was asked."""
 
     def close(self) -> None:
         self._engine.dispose()
@@ -178,8 +181,29 @@ class Registry:
             if not removed:
                 raise NotFoundError(f"there is no model {name}")
             connection.execute(sa.delete(versions).where(versions.c.name == name))
+            connection.execute(sa.delete(pins).where(pins.c.name == name))
             connection.execute(sa.update(models).where(models.c.name == name).values(current_number=None))
             return removed
+
+    def pin(self, name: str) -> None:
+        """Remembers that a name's current version, whichever it is, keeps its slot. Raises NotFoundError."""
+        with self._writer.begin() as connection:
+            if _read(connection, name, versions.c.number == models.c.current_number) is None:
+                raise NotFoundError(f"there is no model {name}")
+            if connection.execute(sa.select(pins).where(pins.c.name == name)).one_or_none() is None:
+                connection.execute(sa.insert(pins).values(name=name, created_at=datetime.now(UTC)))
+
+    def unpin(self, name: str) -> bool:
+        """Forgets that; False if it was not pinned."""
+        with self._writer.begin() as connection:
+            return connection.execute(sa.delete(pins).where(pins.c.name == name)).rowcount > 0
+
+    def pins(self) -> list[Version]:
+        """The current versions of the pinned names, in the order of their pinning."""
+        query = _query().join(pins, pins.c.name == versions.c.name)
+        query = query.where(versions.c.number == models.c.current_number).order_by(pins.c.created_at, pins.c.name)
+        with self._engine.connect() as connection:
+            return [_version(row._mapping, row.current_number) for row in connection.execute(query)]
 
     def claim(self, base: BaseIdentity) -> int:
         """Takes versions of which nobody said their base for this one's; returns how many."""

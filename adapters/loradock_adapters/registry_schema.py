@@ -70,6 +70,28 @@ versions = sa.Table(
     sa.Index("versions_by_digest", "digest"),
 )
 
+pins = sa.Table(
+    "pins",
+    metadata,
+    sa.Column("name", sa.String(96), sa.ForeignKey("models.name"), primary_key=True),
+    sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+traffic = sa.Table(
+    "traffic",
+    metadata,
+    sa.Column("hour", sa.Integer, primary_key=True),  # whole hours since 1970, UTC
+    sa.Column("digest", sa.String(71), primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+)
+
+traffic_hours = sa.Table(
+    "traffic_hours",
+    metadata,
+    sa.Column("hour", sa.Integer, primary_key=True),
+    sa.Column("peak_adapters", sa.Integer, nullable=False),  # the most adapters that had requests at one moment
+)
+
 
 def open_database(url: str) -> sa.Engine:
     """An engine on an up-to-date database. Several processes may do this at once. Raises RegistryError."""

@@ -277,7 +277,7 @@ def test_fresh_database_has_the_schema_that_the_code_expects(url: str) -> None:
     engine = open_database(url)
     with engine.connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == "0002"
+        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == "0003"
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
@@ -297,6 +297,28 @@ def test_version_remembers_its_base_and_the_same_bytes_take_the_base_of_today(re
     assert registry.bases() == {OTHER: 1}, "full models need no base"
 
 
+def test_pin_follows_its_name_to_another_version_and_goes_with_it(registry: Registry) -> None:
+    for name, seed in (("late", 1), ("early", 2), ("early", 3), ("other", 4)):
+        registry.publish(name, manifest(seed), SHARED)
+    for name in ("early", "late", "early"):
+        registry.pin(name)
+    assert [(version.name, version.number) for version in registry.pins()] == [("early", 2), ("late", 1)]
+    registry.set_current("early", 1)
+    assert [version.number for version in registry.pins()] == [1, 1]
+    registry.delete("early")
+    registry.publish("early", manifest(5), SHARED)
+    assert [version.name for version in registry.pins()] == ["late"]
+    assert (registry.unpin("late"), registry.unpin("late"), registry.pins()) == (True, False, [])
+
+
+def test_pin_of_an_unknown_name_refused(registry: Registry) -> None:
+    registry.publish("gone", manifest(), SHARED)
+    registry.delete("gone")
+    for name in ("gone", "never"):
+        with pytest.raises(NotFoundError):
+            registry.pin(name)
+
+
 def test_versions_without_a_base_are_claimed_once(registry: Registry) -> None:
     registry.publish("old", manifest(1), SHARED)
     registry.publish("new", manifest(2), SHARED, base=OTHER)
@@ -311,6 +333,8 @@ def test_database_from_before_bases_were_recorded_keeps_its_versions(url: str, t
     old.publish("sql", manifest(), SHARED)
     old.close()
     with sqlite3.connect(tmp_path / "registry.db") as raw:
+        for table in ("pins", "traffic", "traffic_hours"):
+            raw.execute(f"DROP TABLE {table}")
         raw.execute("ALTER TABLE versions DROP COLUMN base")
         raw.execute("UPDATE alembic_version SET version_num = '0001'")
     raw.close()

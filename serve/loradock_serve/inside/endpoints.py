@@ -3,16 +3,19 @@
     GET  /loradock/status              what the engine is, which LoRA wrapper its workers use, what lies in the slots
     POST /loradock/adapters/load       {"name", "path"}: from now on the OpenAI routes serve `"model": name`
     POST /loradock/adapters/unload     {"name"}: forget the name, and free the weights
+    POST /loradock/adapters/pin        {"name"}: into a slot, and it stays there (`slot_pins.py`)
+    POST /loradock/adapters/unpin      {"name"}: it may leave its slot again
 
 vLLM's own `/v1/load_lora_adapter` answers a refused adapter with 500 and accepts Hub ids, which it then downloads
 inside the engine loop; its unload route keeps the weights. These routes know nothing of versions, tenants or who is
 still using an adapter: whoever unloads makes sure that nobody is (vLLM would read it from disk again).
 Private touches: `OpenAIServingModels` (`load_lora_adapter`, `unload_lora_adapter`, `lora_requests`,
-`is_base_model`) and `AsyncLLM` (`remove_lora`, `collective_rpc`, `vllm_config`, `errored`).
+`is_base_model`) and `AsyncLLM` (`add_lora`, `remove_lora`, `collective_rpc`, `vllm_config`, `errored`).
 """
 
 import asyncio
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,14 @@ class LoadRequest(BaseModel):
 
 class UnloadRequest(BaseModel):
     """An adapter loaded before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=256)
+
+
+class PinRequest(BaseModel):
+    """An adapter loaded before, to be pinned or unpinned."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -98,6 +109,44 @@ class AdapterDesk:
             await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
             return bool(await self._engine.remove_lora(known.lora_int_id))
 
+    async def pin(self, name: str) -> None:
+        """Put the adapter into a slot and keep it there. Pinning it twice is pinning it once.
+
+        Whoever pins sees to it that the requests in flight leave a slot for it; if they do not, it waits its turn.
+
+        Raises:
+            DeskError: No adapter has this name, or all slots but one are pinned.
+        """
+        async with self._turn:
+            known = self._known(name)
+            await self._engine.add_lora(known)  # reads it again where it had to leave host memory
+            answers = await self._engine.collective_rpc("loradock_pin", args=(known.lora_int_id,))
+            self._require_alive()
+            if "full" in answers:
+                slots = self._engine.vllm_config.lora_config.max_loras
+                raise DeskError(
+                    409, "pins_full", f"{slots - 1} of the {slots} slots may be pinned, and all of them are"
+                )
+            if "absent" in answers:
+                raise DeskError(409, "not_in_memory", f"adapter {name!r} left host memory before it could be pinned")
+
+    async def unpin(self, name: str) -> bool:
+        """Let the adapter leave its slot again when another needs it; whether it was pinned.
+
+        Raises:
+            DeskError: No adapter has this name.
+        """
+        async with self._turn:
+            known = self._known(name)
+            return all(await self._engine.collective_rpc("loradock_unpin", args=(known.lora_int_id,)))
+
+    def _known(self, name: str) -> Any:
+        self._require_lora()
+        known = self._models.lora_requests.get(name)
+        if known is None:
+            raise DeskError(404, "unknown_adapter", f"no adapter {name!r} is loaded")
+        return known
+
     async def status(self) -> dict[str, Any]:
         """The document of `GET /loradock/status`."""
         import vllm
@@ -123,7 +172,7 @@ class AdapterDesk:
             "registered": sorted(self._models.lora_requests),
             "active": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["active"]],
             "loaded": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["loaded"]],
-        }
+        } | _residency(names, workers)
 
     def _require_lora(self) -> None:
         self._require_alive()
@@ -135,7 +184,20 @@ class AdapterDesk:
             raise DeskError(503, "engine_dead", "the engine core has died")
 
 
-def _name(names: dict[int, str], adapter_id: int | None) -> str | None:
+def _residency(names: Mapping[int, str], workers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pins and counts, which are the same in every worker; slots are as large as the largest worker's."""
+    if not workers:
+        return {"pinned": [], "counts": {}, "adapters": {}, "slot_bytes": 0}
+    first = workers[0]
+    return {
+        "pinned": [_name(names, adapter_id) for adapter_id in first["pinned"]],
+        "counts": first["counts"],
+        "adapters": {names[number]: count for number, count in first["adapters"].items() if number in names},
+        "slot_bytes": max(worker["slot_bytes"] for worker in workers),
+    }
+
+
+def _name(names: Mapping[int, str], adapter_id: int | None) -> str | None:
     """An adapter without a name was unloaded while requests still ran on it, and was read again for them."""
     return None if adapter_id is None else names.get(adapter_id, f"unnamed:{adapter_id}")
 
@@ -160,6 +222,14 @@ class LoradockEndpoints:
             freed = await _desk(request).unload(body.name)
             return JSONResponse({"name": body.name, "freed": freed})
 
+        async def pin(body: PinRequest, request: Request) -> JSONResponse:
+            await _desk(request).pin(body.name)
+            return JSONResponse({"name": body.name, "pinned": True})
+
+        async def unpin(body: PinRequest, request: Request) -> JSONResponse:
+            was_pinned = await _desk(request).unpin(body.name)
+            return JSONResponse({"name": body.name, "pinned": False, "was_pinned": was_pinned})
+
         async def refuse(request: Request, error: Exception) -> JSONResponse:
             assert isinstance(error, DeskError)
             body = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
@@ -169,6 +239,8 @@ class LoradockEndpoints:
         app.add_api_route("/loradock/status", status, methods=["GET"])
         app.add_api_route("/loradock/adapters/load", load, methods=["POST"])
         app.add_api_route("/loradock/adapters/unload", unload, methods=["POST"])
+        app.add_api_route("/loradock/adapters/pin", pin, methods=["POST"])
+        app.add_api_route("/loradock/adapters/unpin", unpin, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Keep the engine and its registry of models; called once the OpenAI server stands."""

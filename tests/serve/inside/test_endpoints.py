@@ -51,7 +51,12 @@ class FakeEngine:
     def __init__(self, *, lora: bool = True, wrapper: str = CORRECTED_WRAPPER) -> None:
         self.errored = False
         self.removed: list[int] = []
-        self.worker = {"device": "cpu", "wrappers": [wrapper], "active": [1, None, 9], "loaded": [1, 9]}
+        self.added: list[int] = []
+        self.pinned: list[int] = []
+        self.counts = {"reads": 2, "activations": 5, "slot_evictions": 3, "cpu_evictions": 0}
+        self.worker: dict[str, Any] = {"device": "cpu", "wrappers": [wrapper], "active": [1, None, 9], "loaded": [1, 9]}
+        self.worker |= {"pinned": self.pinned, "counts": self.counts, "adapters": {1: self.counts, 9: self.counts}}
+        self.worker["slot_bytes"] = 640
         config = SimpleNamespace(max_loras=3, max_cpu_loras=6, max_lora_rank=16)
         self.vllm_config = SimpleNamespace(
             lora_config=config if lora else None,
@@ -64,8 +69,23 @@ class FakeEngine:
         self.removed.append(lora_id)
         return True
 
-    async def collective_rpc(self, method: str) -> list[dict[str, Any]]:
+    async def add_lora(self, request: Any) -> bool:
+        self.added.append(request.lora_int_id)
+        return True
+
+    async def collective_rpc(self, method: str, args: tuple[int, ...] = ()) -> list[Any]:
         assert self.vllm_config.lora_config is not None, "an engine without LoRA has no such method"
+        match method:
+            case "loradock_pin" if len(self.pinned) == self.vllm_config.lora_config.max_loras - 1:
+                return ["full"]
+            case "loradock_pin":
+                self.pinned.append(args[0])
+                return ["pinned"]
+            case "loradock_unpin":
+                was_pinned = args[0] in self.pinned
+                self.pinned[:] = [number for number in self.pinned if number != args[0]]
+                return [was_pinned]
+        assert method == "loradock_status"
         return [self.worker]
 
 
@@ -211,6 +231,46 @@ async def test_status_without_lora_has_nothing_to_correct(models: FakeModels, tm
     assert load.status_code == 409
 
 
+async def test_status_names_what_was_counted_and_leaves_out_what_has_no_name(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path)})
+    await client.post("/loradock/adapters/pin", json={"name": "a"})
+
+    status = (await client.get("/loradock/status")).json()
+
+    assert (status["pinned"], status["slot_bytes"]) == (["a"], 640)
+    assert (status["counts"], status["adapters"]) == (fake_engine.counts, {"a": fake_engine.counts})
+
+
+async def test_pin_reads_what_left_host_memory_first(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path)})
+
+    response = await client.post("/loradock/adapters/pin", json={"name": "a"})
+
+    assert response.json() == {"name": "a", "pinned": True}
+    assert (fake_engine.added, fake_engine.pinned) == ([1], [1])
+    freed = await client.post("/loradock/adapters/unpin", json={"name": "a"})
+    assert freed.json() == {"name": "a", "pinned": False, "was_pinned": True}
+
+
+async def test_pin_of_the_last_slot_is_refused_with_both_numbers(client: httpx.AsyncClient, tmp_path: Path) -> None:
+    answers = []
+    for name in "abc":
+        await client.post("/loradock/adapters/load", json={"name": name, "path": adapter_at(tmp_path / name)})
+        answers.append(await client.post("/loradock/adapters/pin", json={"name": name}))
+
+    assert [answer.status_code for answer in answers] == [200, 200, 409]
+    assert answers[2].json()["error"]["message"] == "2 of the 3 slots may be pinned, and are already"
+
+
+@pytest.mark.parametrize("verb", ["pin", "unpin"])
+async def test_pin_of_an_unknown_name_is_404(client: httpx.AsyncClient, verb: str) -> None:
+    assert (await client.post(f"/loradock/adapters/{verb}", json={"name": "a"})).status_code == 404
+
+
 @pytest.mark.engine
 async def test_real_engine_reports_the_corrected_wrapper(engine: VllmServer) -> None:
     async with engine.client() as client:
@@ -238,6 +298,47 @@ async def test_real_engine_unload_frees_the_weights(engine: VllmServer, world: W
     assert len(after["loaded"]) == len(before["loaded"]) - 1
     assert not {"leaving"} & {*after["registered"], *after["active"], *after["loaded"]}
     assert asked.status_code == 404
+
+
+@pytest.mark.engine
+async def test_real_engine_keeps_a_pinned_adapter_in_its_slot_and_lives_through_batches_of_all_slots(
+    engine: VllmServer, world: World
+) -> None:
+    others = [f"p{number}" for number in range(1, SLOTS + 3)]
+    async with engine.client() as client:
+        for number, name in enumerate(["pinned", *others]):
+            path = str(world.adapters[f"a{number}"])
+            await client.post("/loradock/adapters/load", json={"name": name, "path": path})
+        assert (await client.post("/loradock/adapters/pin", json={"name": "pinned"})).status_code == 200
+        first = (await client.get("/loradock/status")).json()
+
+        for few in (others[: SLOTS - 1], others[2 : SLOTS + 1]):
+            await all_complete(client, few)
+            assert "pinned" in (await client.get("/loradock/status")).json()["active"]
+        # What ends stock vLLM: as many others in one batch as there are slots.
+        await all_complete(client, others * 4)
+        await all_complete(client, others[:1])
+        last = (await client.get("/loradock/status")).json()
+
+        await client.post("/loradock/adapters/unpin", json={"name": "pinned"})
+        for name in others:
+            await all_complete(client, [name])
+        unpinned = (await client.get("/loradock/status")).json()
+        for name in ["pinned", *others]:
+            await client.post("/loradock/adapters/unload", json={"name": name})
+    assert (first["pinned"], first["slot_bytes"] > 0) == (["pinned"], True)
+    assert "pinned" in first["active"]
+    assert "pinned" in last["active"]
+    assert last["adapters"]["p1"]["activations"] >= 1
+    assert last["counts"]["slot_evictions"] > first["counts"]["slot_evictions"]
+    assert (unpinned["pinned"], "pinned" in unpinned["active"]) == ([], False)
+
+
+async def all_complete(client: httpx.AsyncClient, models: list[str]) -> None:
+    """One completion of each model, all at once."""
+    body = {"prompt": "def", "max_tokens": 8, "ignore_eos": True}
+    asked = (client.post("/v1/completions", json=body | {"model": model}) for model in models)
+    assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
 
 
 @pytest.mark.engine

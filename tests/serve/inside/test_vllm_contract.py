@@ -138,9 +138,23 @@ def test_endpoints_are_an_endpoint_plugin_and_know_their_engine() -> None:
     from loradock_serve.inside.endpoints import LoradockEndpoints
 
     assert isinstance(LoradockEndpoints(), EndpointPlugin)
-    assert {"remove_lora", "collective_rpc", "errored"} <= set(dir(AsyncLLM))
+    assert {"add_lora", "remove_lora", "collective_rpc", "errored"} <= set(dir(AsyncLLM))
     assert {"load_lora_adapter", "unload_lora_adapter", "is_base_model"} <= set(dir(OpenAIServingModels))
     assert "self.lora_requests: dict[str, LoRARequest] = {}" in inspect.getsource(OpenAIServingModels.__init__)
+
+
+def test_counts_and_pins_hang_on_what_they_name() -> None:
+    """What these do is tried in test_adapter_counts.py and test_slot_pins.py, on the real managers."""
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+    from vllm.utils.cache import LRUCache
+
+    pin = inspect.getsource(LRUCacheLoRAModelManager._pin_lora_in_gpu_cache)
+    assert "self.activate_adapter(lora_id)" in pin
+    assert "self._apply_adapters(" in inspect.getsource(LRUCacheWorkerLoRAManager.set_active_adapters)
+    assert "self._adapter_manager.activate_adapter(" in inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+    assert "self._add_adapter(lora)" in inspect.getsource(LRUCacheLoRAModelManager.add_adapter)
+    assert "self.popitem(remove_pinned=remove_pinned)" in inspect.getsource(LRUCache.remove_oldest)
+    assert "self._adapter_manager.remove_adapter(" in inspect.getsource(LRUCacheWorkerLoRAManager.remove_adapter)
 
 
 def test_worker_extension_hides_nothing_of_the_worker() -> None:
