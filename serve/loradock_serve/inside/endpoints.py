@@ -124,9 +124,7 @@ class AdapterDesk:
             self._require_alive()
             if "full" in answers:
                 slots = self._engine.vllm_config.lora_config.max_loras
-                raise DeskError(
-                    409, "pins_full", f"{slots - 1} of the {slots} slots may be pinned, and all of them are"
-                )
+                raise DeskError(409, "pins_full", f"{slots - 1} of the {slots} slots may be pinned, and are already")
             if "absent" in answers:
                 raise DeskError(409, "not_in_memory", f"adapter {name!r} left host memory before it could be pinned")
 
