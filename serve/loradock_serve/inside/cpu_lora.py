@@ -3,9 +3,9 @@
 Stock `PunicaWrapperCPU` (vLLM 0.32) indexes the adapter slots with -1 for rows that have no adapter, which selects the
 *last* slot: a base-model request that shares a batch with adapters is answered with some adapter's weights. It also
 raises when the logits of prompt tokens are wanted of a wrapped `lm_head` (rows are then tokens, not requests), and it
-copies a slot's whole weights for every row of the batch. This one groups the rows by adapter once per step and
-multiplies each group with views of its slot: base rows are not touched, a step without adapters costs nothing, and the
-cost otherwise follows the adapters that are in the batch, at their own ranks.
+copies a slot's whole weights for every row of the batch. This one sorts the rows by adapter once per step and hands
+each layer to one compiled call (`row_kernel.py`): base rows are not touched, a step without adapters costs nothing, and
+the cost otherwise follows the rows that have adapters, at their own ranks.
 
 It does not know who loads adapters or what a request is. Where it cannot tell which adapter a row belongs to it
 raises: no answer is better than one from another tenant's weights. Mixture-of-experts layers with LoRA are not
@@ -14,15 +14,16 @@ supported on CPU, as in stock vLLM.
 Legend of shapes: n rows, h input width, o output width, R max_lora_rank, r the adapter's own rank, S slots.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from loradock_serve.inside.row_plan import EMPTY_PLAN, NO_ADAPTER, Bundle, RowPlan, Slots, slots_of
+from loradock_serve.inside.row_kernel import kernel
+from loradock_serve.inside.row_plan import EMPTY_PLAN, NO_ADAPTER, RowPlan, Slots, slots_of
 from loradock_serve.inside.slot_watch import watch_slots
+from loradock_serve.inside.slot_weights import SlotNews, SlotWeights
 
 if TYPE_CHECKING:
     from vllm.lora.layers import LoRAMapping
@@ -30,13 +31,6 @@ if TYPE_CHECKING:
 
 class AdapterRowsError(RuntimeError):
     """Rows reached a layer and nothing says which adapter they belong to."""
-
-
-class SlotWeights(NamedTuple):
-    """One slot's matrices in one layer, as views: what is written into the slot later shows through."""
-
-    a: torch.Tensor  # (h, r)
-    b: torch.Tensor  # (r, o)
 
 
 class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
@@ -48,15 +42,16 @@ class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
         super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
         self._tokens = EMPTY_PLAN
         self._samples = EMPTY_PLAN
-        self._ranks: dict[int, int] = {}  # slot -> its adapter's rank; unknown: max_lora_rank
-        self._weights: dict[tuple[int, int], SlotWeights | None] = {}  # (address of A, slot) -> views
+        self._news = SlotNews()
+        self._layers: dict[tuple[int, tuple[int, ...]], SlotWeights] = {}  # by the address of B, and its widths
+        lora_config = kwargs.get("lora_config")
+        if lora_config is not None:  # compiled now, and not while the first request waits
+            kernel(lora_config.lora_dtype, lora_config.lora_dtype, lora_config.lora_dtype)
         watch_slots()
 
     def slot_written(self, slot: int, rank: int) -> None:
-        """Another adapter lies in the slot: what was derived of the one before is void."""
-        self._ranks[slot] = rank
-        for key in [key for key in self._weights if key[1] == slot]:
-            del self._weights[key]
+        """Another adapter lies in the slot: what was known of the one before is void."""
+        self._news.tell(slot, rank)
 
     # -- once per step ---------------------------------------------------------------------------------------------
 
@@ -111,7 +106,7 @@ class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
             y.zero_()
         plan = self._token_plan(x.shape[0])
         if not plan.is_empty:
-            self._add(plan, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+            self._weights(lora_a_stacked, lora_b_stacked, output_slices).add(plan, y, x, scale, self._news)
 
     def add_lora_logits(
         self,
@@ -129,7 +124,7 @@ class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
         plan = self._logits_plan(x)
         if not plan.is_empty:
             width = min(lora_b_stacked.shape[-2], y.shape[-1])  # logits may carry padding of the vocabulary
-            self._add(plan, y, x, (lora_a_stacked,), (lora_b_stacked,), scale, (width,))
+            self._weights((lora_a_stacked,), (lora_b_stacked,), (width,)).add(plan, y, x, scale, self._news)
 
     def add_lora_embedding(
         self,
@@ -145,7 +140,7 @@ class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
             y.zero_()
         plan = self._token_plan(x.shape[0])
         if not plan.is_empty:
-            self.add_expand(y, (x,), (lora_b_stacked,), (y.shape[-1],), plan=plan)
+            self._weights((), (lora_b_stacked,), (lora_b_stacked.shape[-2],)).add(plan, y, x, 1.0, self._news)
 
     def add_shrink(
         self,
@@ -170,16 +165,14 @@ class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         offset_start: int = 0,
         add_inputs: bool = True,
-        *,
-        plan: RowPlan | None = None,
         **kwargs: Any,
     ) -> None:
-        """y[:, slice] += x[slice] @ B."""
+        """y[:, slice] += x[slice] @ B; used by itself only with fully sharded adapters."""
         y = y.view(-1, y.shape[-1])
         if not add_inputs:
             y[:, offset_start : offset_start + sum(output_slices)] = 0
-        for rows, slot in _each_group(plan or self._token_plan(y.shape[0])):
-            rank = self._ranks.get(slot)
+        for rows, slot in _each_group(self._token_plan(y.shape[0])):
+            rank = self._news.rank(slot)
             start = offset_start
             for shrunk, b, width in zip(x, lora_b_stacked, output_slices, strict=True):
                 delta = shrunk[rows, :rank].to(b.dtype) @ b[slot, 0, :width, :rank].t()
@@ -221,86 +214,20 @@ class CorrectedPunicaWrapperCPU(PunicaWrapperCPU):
             "sampled rows with several adapters"
         )
 
-    # -- the arithmetic --------------------------------------------------------------------------------------------
+    # -- where the weights are --------------------------------------------------------------------------------------
 
-    def _add(
-        self,
-        plan: RowPlan,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        lora_a_stacked: Sequence[torch.Tensor],
-        lora_b_stacked: Sequence[torch.Tensor],
-        scale: float,
-        output_slices: Sequence[int],
-    ) -> None:
-        """Two products for each segment and slice, and two for the whole bundle."""
-        start = 0
-        order = plan.order
-        source = x if order is None else x.index_select(0, order)
-        target = y if order is None else y.index_select(0, order)
-        for a, b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            for slot, first, end in plan.segments:
-                weights = self._slot_weights(slot, a, b)
-                if weights is not None:
-                    _add_product(target[first:end, start : start + width], source[first:end], *weights, scale)
-            if plan.bundle is not None:
-                self._add_bundle(plan.bundle, y[:, start : start + width], x, a, b, scale)
-            start += width
-        if order is not None:
-            y.index_copy_(0, order, target)
-
-    def _add_bundle(
-        self, bundle: Bundle, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
-    ) -> None:
-        """Batched products over k slots: m padded rows for each."""
-        slots = bundle.slots
-        if all(self._slot_weights(slot, a, b) is None for slot in slots):
-            return
-        rank = max(self._ranks.get(slot, a.shape[-2]) for slot in slots)
-        a, b = a[:, 0, :rank], b[:, 0, : y.shape[1], :rank]
-        if bundle.picked is None:
-            a, b = a[slots[0] : slots[-1] + 1], b[slots[0] : slots[-1] + 1]  # (k, r, h), (k, o, r)
-        else:
-            a, b = a.index_select(0, bundle.picked), b.index_select(0, bundle.picked)
-        gathered = x.index_select(0, bundle.gather).to(a.dtype).view(len(slots), -1, x.shape[1])  # (k, m, h)
-        shrunk = torch.bmm(gathered, a.transpose(1, 2))  # (k, m, r)
-        if scale != 1.0:
-            shrunk *= scale
-        delta = torch.bmm(shrunk, b.transpose(1, 2)).flatten(0, 1)  # (k * m, o)
-        if bundle.kept is not None:
-            delta = delta.index_select(0, bundle.kept)
-        y.index_add_(0, bundle.rows, delta.to(y.dtype))
-
-    def _slot_weights(self, slot: int, a: torch.Tensor, b: torch.Tensor) -> SlotWeights | None:
-        """Views of the slot at its own rank; None if its adapter leaves this layer alone."""
-        key = (a.data_ptr(), slot)
-        if key in self._weights:
-            return self._weights[key]
-        rank = self._ranks.get(slot)
-        weights: SlotWeights | None = SlotWeights(a[slot, 0, :rank].t(), b[slot, 0, :, :rank].t())
-        # vLLM zeroes the slot in every layer that its adapter does not target. Only a slot whose writing we hear of
-        # may be remembered as such.
-        if rank is not None and not bool(a[slot].any()):
-            weights = None
-        self._weights[key] = weights
+    def _weights(
+        self, a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...], widths: tuple[int, ...]
+    ) -> SlotWeights:
+        """The layer's stacks, looked at once."""
+        key = (b[0].data_ptr(), widths)
+        weights = self._layers.get(key)
+        if weights is None:
+            weights = self._layers[key] = SlotWeights(a, b, widths)
         return weights
-
-
-def _add_product(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float
-) -> None:  # (n, o) += (n, h) @ (h, r) @ (r, o)
-    """Sums are accumulated in float32 whatever the dtype; the low-rank rows are rounded to it, as in PEFT."""
-    shrunk = torch.mm(x if x.dtype == a.dtype else x.to(a.dtype), a)
-    if scale != 1.0:
-        shrunk *= scale
-    b = b[:, : y.shape[1]]
-    if y.dtype == b.dtype:
-        y.addmm_(shrunk, b)
-    else:
-        y += torch.mm(shrunk, b)
 
 
 def _each_group(plan: RowPlan) -> list[tuple[torch.Tensor, int]]:
     """For each adapter an index of its rows, and its slot."""
-    distinct = np.unique(plan.slots)
-    return [(torch.from_numpy(np.flatnonzero(plan.slots == slot)), slot) for slot in distinct[distinct >= 0].tolist()]
+    distinct = np.unique(plan.sorted_slots)
+    return [(torch.from_numpy(plan.order[plan.sorted_slots == slot]), slot) for slot in distinct.tolist()]
