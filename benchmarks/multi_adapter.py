@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from against_stock import throughput
+from against_stock import chart, defaults, flood, loads, many, throughput
 from against_stock.errors import BenchmarkError
 from against_stock.options import Options
 
@@ -32,6 +32,10 @@ Scenario = tuple[Callable[[Options, Path], dict[str, Any]], Callable[[dict[str, 
 SCENARIOS: dict[str, Scenario] = {
     "table": (throughput.table_scenario, throughput.shown),
     "wide": (throughput.wide_scenario, throughput.shown),
+    "defaults": (defaults.defaults_scenario, defaults.shown),
+    "zipf": (many.zipf_scenario, many.shown),
+    "flood": (flood.flood_scenario, flood.shown),
+    "loads": (loads.loads_scenario, loads.shown),
 }
 
 
@@ -47,6 +51,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="float32", help="of both engines")
     parser.add_argument("--cores", help='of both engines\' compute threads, as "0-1"; default all')
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, after each scenario")
+    parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the table's tokens/s and latencies")
+    parser.add_argument("--redraw", type=Path, metavar="FILE", help="measure nothing: show (and draw) kept results")
     return parser.parse_args()
 
 
@@ -92,6 +98,8 @@ def writable(place: str) -> Iterator[None]:
 def main() -> None:
     """See the top of the file."""
     given = arguments()
+    if given.redraw is not None:
+        return redraw(given.redraw, given.chart)
     if given.json is not None:
         given.json.touch()  # better now than after an hour
     try:
@@ -106,6 +114,25 @@ def main() -> None:
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
     print(json.dumps(report))
+    if given.chart is not None:
+        draw(report, given.chart)
+
+
+def redraw(kept: Path, picture: Path | None) -> None:
+    """Show what an earlier run kept."""
+    report = json.loads(kept.read_text())
+    for result in report["scenarios"]:
+        print(SCENARIOS[result["scenario"]][1](result), end="\n\n")
+    if picture is not None:
+        draw(report, picture)
+
+
+def draw(report: dict[str, Any], picture: Path) -> None:
+    """The chart of the table, where the table was measured."""
+    tables = [result for result in report["scenarios"] if result["scenario"] == "table"]
+    if not tables:
+        sys.exit("error: --chart draws the table, and it was not measured")
+    chart.draw(tables[0], picture)
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

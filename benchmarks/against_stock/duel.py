@@ -8,7 +8,7 @@ import uvloop
 from against_stock.errors import BenchmarkError
 from against_stock.figures import OURS, STOCK, Round, agreement, compared, order_of
 from against_stock.options import IN_FLIGHT, progress
-from against_stock.servers import BASE, LoradockServer, StockServer
+from against_stock.servers import BASE, LoradockServer, Server, StockServer
 from against_stock.traffic import Answer, as_round, ask_all
 from against_stock.workload import Call, shuffled
 
@@ -41,7 +41,7 @@ def require_alike(configs: Mapping[str, Mapping[str, Any]]) -> None:
         raise BenchmarkError("the engines are not set up alike: " + "; ".join(differing))
 
 
-def ask_side(side: StockServer | LoradockServer, calls: Sequence[Call], in_flight: int) -> tuple[list[Answer], float]:
+def ask_side(side: Server, calls: Sequence[Call], in_flight: int) -> tuple[list[Answer], float]:
     """Every request to one side; a failure tells the end of its log."""
     try:
         return uvloop.run(ask_all(side.url, calls, in_flight))

@@ -14,10 +14,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
@@ -48,29 +49,26 @@ class Setup:
     kv_cache_gib: int | None = None
 
 
-class Server(Protocol):
-    """One side."""
+class Server(ABC):
+    """One side: a process with its log."""
 
-    url: str
+    label: str
 
+    @abstractmethod
     def start(self) -> None:
         """Begin to start; returns at once."""
 
-    def wait_until_ready(self) -> None: ...
+    @abstractmethod
+    def wait_until_ready(self) -> None:
+        """Returns when requests are answered."""
 
+    @abstractmethod
     def register(self, adapters: Mapping[str, Path]) -> list[float]:
         """Make adapters known under their names, one after the other; the seconds each call took."""
 
+    @abstractmethod
     def effective(self) -> dict[str, Any]:
         """What its engine runs with: command, environment, config, LoRA wrapper."""
-
-    def stop(self) -> None: ...
-
-
-class _Launched:
-    """A server process with its log."""
-
-    label: str
 
     def __init__(self, setup: Setup, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -179,7 +177,7 @@ def all_cores() -> str:
     return ",".join(map(str, sorted(os.sched_getaffinity(0))))
 
 
-class StockServer(_Launched):
+class StockServer(Server):
     """`python -m vllm.entrypoints.openai.api_server` with no plug-in of ours, threads bound as Loradock binds them."""
 
     label = "stock vLLM"
@@ -237,10 +235,14 @@ class StockServer(_Launched):
         return self._effective(info, STOCK_WRAPPER)
 
 
-class LoradockServer(_Launched):
+class LoradockServer(Server):
     """`loradock serve` with a config file, as its users run it; adapters come through its HTTP API."""
 
     label = "loradock serve"
+
+    def __init__(self, setup: Setup, directory: Path) -> None:
+        super().__init__(setup, directory)
+        self._digests: dict[str, str] = {}
 
     def start(self) -> None:
         engine = dict(self.setup.arguments)
@@ -267,16 +269,25 @@ class LoradockServer(_Launched):
             for name, path in adapters.items():
                 began = time.perf_counter()
                 try:
-                    client.push(path, name)
+                    self._digests[name] = client.push(path, name)["digest"]
                 except LoradockError as error:
                     raise BenchmarkError(f"{name} could not be pushed: {error}\n{self.logs()}") from error
                 seconds.append(time.perf_counter() - began)
         return seconds
 
-    def effective(self) -> dict[str, Any]:
+    def loaded(self, names: Sequence[str]) -> list[str]:
+        """Those of the adapters whose weights are in the engine's memory."""
+        with self._engine_client() as client:
+            there = set(client.get("/loradock/status").json()["loaded"])
+        return [name for name in names if self._digests[name] in there]
+
+    def _engine_client(self) -> httpx.Client:
         words = command_of(self._engine())
         transport = httpx.HTTPTransport(uds=words[words.index("--uds") + 1])
-        with httpx.Client(transport=transport, base_url="http://engine", timeout=120) as client:
+        return httpx.Client(transport=transport, base_url="http://engine", timeout=120)
+
+    def effective(self) -> dict[str, Any]:
+        with self._engine_client() as client:
             info = client.get("/server_info", params={"config_format": "json"}).json()
             status = client.get("/loradock/status").json()
         wrapper = str(status["lora_wrapper"])

@@ -16,6 +16,7 @@ from against_stock.errors import BenchmarkError
 from against_stock.figures import Round
 from against_stock.workload import Call
 
+QUEUE_HEADER = "x-loradock-queue-ms"
 TIMEOUT_S = 600.0
 """No request of any scenario takes this long, unless its server hangs."""
 
@@ -27,6 +28,8 @@ class Answer:
     latency_s: float
     tokens: int
     text: str
+    queue_s: float | None = None
+    """How long it waited in Loradock's queue, by its own account; None where the server says nothing of it."""
 
 
 def session(url: str) -> aiohttp.ClientSession:
@@ -51,13 +54,15 @@ async def ask(client: aiohttp.ClientSession, call: Call) -> Answer:
             if response.status != 200:
                 raise BenchmarkError(f"a request for {call.model} got {response.status}: {await response.text()}")
             document = await response.json()
+            queued_ms = response.headers.get(QUEUE_HEADER)
     except (aiohttp.ClientError, TimeoutError) as error:
         raise BenchmarkError(f"a request for {call.model} got no answer: {error!r}") from error
     latency_s = time.perf_counter() - began
     tokens = document["usage"]["completion_tokens"]
     if tokens != call.max_tokens:
         raise BenchmarkError(f"a request for {call.model} got {tokens} tokens, not {call.max_tokens}")
-    return Answer(latency_s, tokens, document["choices"][0]["text"])
+    queue_s = float(queued_ms) / 1000 if queued_ms is not None else None
+    return Answer(latency_s, tokens, document["choices"][0]["text"], queue_s)
 
 
 async def ask_all(url: str, calls: Sequence[Call], in_flight: int) -> tuple[list[Answer], float]:

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 TEXT = (
@@ -41,6 +41,14 @@ def zipf(models: Sequence[str], requests: int, max_tokens: int, seed: int, expon
     """The n-th model is asked for in proportion to 1 / n^exponent."""
     weights = [1 / rank**exponent for rank in range(1, len(models) + 1)]
     return _calls(random.Random(seed).choices(models, weights, k=requests), max_tokens, seed)
+
+
+def uneven(model: str, mean_tokens: int, seed: int, user: str) -> Iterator[Call]:
+    """Requests without end, of half to one and a half times `mean_tokens`."""
+    chance = random.Random(seed)
+    for number in itertools.count():
+        tokens = chance.randint(mean_tokens // 2, mean_tokens + mean_tokens // 2)
+        yield Call(model, prompt(1_000_000 * seed + number), tokens, user)
 
 
 def _calls(order: Sequence[str], max_tokens: int, seed: int) -> list[Call]:

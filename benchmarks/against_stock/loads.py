@@ -1,0 +1,154 @@
+"""What loading adapters does to those who are being answered: 24 loads of 38 MB while 8 streams run.
+
+Three phases for each side: the streams alone; the streams and a one-token request a second to adapters that are
+loaded; the streams and a one-token request a second to adapters that are not. Stock is told to load by its load call
+first, Loradock by the request itself. The gaps between two events of the streams are what readers feel.
+"""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import uvloop
+
+from against_stock.checkpoints import WIDE, make_adapters, make_base
+from against_stock.duel import effective, require_alike
+from against_stock.errors import BenchmarkError
+from against_stock.figures import OURS, SIDES, STOCK, percentile, table
+from against_stock.options import KV_CACHE_GIB, Options, progress
+from against_stock.servers import Setup, both
+from against_stock.streams import note_gaps
+from against_stock.traffic import ask, session
+from against_stock.workload import Call, prompt
+
+STREAMS, STREAM_ADAPTERS = 8, 2
+LOADS = 24
+SLOTS, CPU_ADAPTERS = 4, 8
+PACE_S = 1.0
+STREAM_TOKENS = 1900
+BAR = 1.2
+PHASES = ("quiet", "requests", "loads")
+
+
+def loads_scenario(options: Options, place: Path) -> dict[str, Any]:
+    """One round: an adapter can be loaded for the first time only once."""
+    base = make_base(place / "base", WIDE)
+    streaming = make_adapters(place / "streaming", WIDE, [f"stream-{n}" for n in range(STREAM_ADAPTERS)])
+    fresh = make_adapters(place / "fresh", WIDE, [f"fresh-{n}" for n in range(8 if options.quick else LOADS)])
+    arguments = {"dtype": options.dtype, "max_loras": SLOTS, "max_cpu_loras": CPU_ADAPTERS}
+    arguments |= {"max_lora_rank": WIDE.rank, "max_model_len": 2048, "max_num_seqs": 64}
+    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB)
+    result: dict[str, Any] = {"scenario": "loads", "loads": len(fresh), "adapter_mib": WIDE.adapter_bytes / 2**20}
+    progress("loads: both engines start")
+    with both(setup, setup, place / "servers") as sides:
+        result |= {"slots": SLOTS, "cpu_adapters": CPU_ADAPTERS, "bar": BAR, "effective": effective(sides)}
+        require_alike(result["effective"])
+        stock, ours = sides
+        ours.register(fresh)
+        for side in sides:
+            side.register(streaming)
+        result["already_loaded"] = ours.loaded(list(fresh)[:-CPU_ADAPTERS])
+        if result["already_loaded"]:
+            raise BenchmarkError(f"{result['already_loaded']} are loaded before they are asked for: nothing to measure")
+        asked = {"quiet": [], "requests": ["stream-0"] * len(fresh), "loads": list(fresh)}
+        taken: dict[str, dict[str, Any]] = {name: {} for name in SIDES}
+        for phase in PHASES:
+            for name, url in ((STOCK, stock.url), (OURS, ours.url)):
+                loading = fresh if name == STOCK and phase == "loads" else {}
+                gaps, calls_s = uvloop.run(phase_of(url, asked[phase], loading, len(fresh) * PACE_S))
+                taken[name][phase] = _summary(gaps, calls_s)
+                progress(f"  {phase} {name}: p99 of gaps {taken[name][phase]['gap_p99_ms']} ms")
+    for name in SIDES:
+        p99s = {phase: taken[name][phase]["gap_p99_ms"] for phase in PHASES}
+        result[name] = taken[name] | {"loads_to_quiet": round(p99s["loads"] / p99s["quiet"], 3)}
+        result[name]["loads_to_requests"] = round(p99s["loads"] / p99s["requests"], 3)
+    return result
+
+
+async def phase_of(
+    url: str, names: Sequence[str], load_paths: Mapping[str, Path], seconds: float
+) -> tuple[list[float], list[float]]:
+    """The streams' gaps over `seconds`, with one request (and load call where there is a path) after the other, one
+    begun each second; and the seconds that each of those took."""
+    gaps: list[float] = []
+    calls_s: list[float] = []
+
+    async def one(client: aiohttp.ClientSession, name: str, number: int) -> None:
+        began = time.perf_counter()
+        if name in load_paths:
+            loading = {"lora_name": name, "lora_path": str(load_paths[name])}
+            async with client.post("/v1/load_lora_adapter", json=loading) as response:
+                if response.status != 200:
+                    raise BenchmarkError(f"stock vLLM did not load {name}: {await response.text()}")
+        await ask(client, Call(name, prompt(70_000 + number), 1))
+        calls_s.append(time.perf_counter() - began)
+
+    async def paced(client: aiohttp.ClientSession) -> None:
+        began = time.perf_counter()
+        for number, name in enumerate(names):
+            await asyncio.sleep(max(0.0, began + number * PACE_S - time.perf_counter()))
+            await one(client, name, number)
+        await asyncio.sleep(max(0.0, began + seconds - time.perf_counter()))
+
+    async with session(url) as client:
+        flows = [asyncio.Event() for _ in range(STREAMS)]
+        calls = [Call(f"stream-{n % STREAM_ADAPTERS}", prompt(60_000 + n), STREAM_TOKENS) for n in range(STREAMS)]
+        streams = asyncio.gather(
+            *(note_gaps(client, call, gaps, flow) for call, flow in zip(calls, flows, strict=True))
+        )
+        try:
+            await _or_error(streams, asyncio.gather(*(flow.wait() for flow in flows)))
+            gaps.clear()  # what the streams' own beginnings did to each other
+            await _or_error(streams, asyncio.ensure_future(paced(client)))
+        finally:
+            streams.cancel()
+            await asyncio.gather(streams, return_exceptions=True)
+    return gaps, calls_s
+
+
+async def _or_error(streams: "asyncio.Future[Any]", work: "asyncio.Future[Any]") -> None:
+    """Until the work is done; the streams end earlier by an error only."""
+    await asyncio.wait([streams, work], return_when=asyncio.FIRST_COMPLETED)
+    if streams.done():
+        work.cancel()
+        await streams
+    await work
+
+
+def _summary(gaps: Sequence[float], calls_s: Sequence[float]) -> dict[str, Any]:
+    return {
+        "gaps": len(gaps),
+        "gap_p50_ms": round(1000 * statistics.median(gaps), 1),
+        "gap_p99_ms": round(1000 * percentile(gaps, 0.99), 1),
+        "gap_longest_ms": round(1000 * max(gaps), 1),
+        "request_p50_ms": round(1000 * statistics.median(calls_s), 1) if calls_s else None,
+        "request_longest_ms": round(1000 * max(calls_s), 1) if calls_s else None,
+    }
+
+
+def shown(result: dict[str, Any]) -> str:
+    """The result as a table for people."""
+    columns = [
+        "side",
+        "beside the streams",
+        "gap p50 ms",
+        "p99 ms",
+        "longest ms",
+        "p99 / quiet",
+        "request p50 ms",
+        "longest ms",
+    ]
+    rows = []
+    for side in (STOCK, OURS):
+        quiet_ms = result[side]["quiet"]["gap_p99_ms"]
+        for phase in PHASES:
+            figures = result[side][phase]
+            row = [side, phase, figures["gap_p50_ms"], figures["gap_p99_ms"], figures["gap_longest_ms"]]
+            row += [figures["gap_p99_ms"] / quiet_ms, figures["request_p50_ms"], figures["request_longest_ms"]]
+            rows.append(row)
+    title = f"{result['loads']} loads of {result['adapter_mib']:.1f} MiB beside {STREAMS} streams (bar {BAR})"
+    return f"{title}\n{table(columns, rows)}"
