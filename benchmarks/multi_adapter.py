@@ -25,7 +25,9 @@ from types import FrameType
 from typing import Any
 
 from against_stock import chart, defaults, flood, loads, many, throughput
+from against_stock.bars import judged
 from against_stock.errors import BenchmarkError
+from against_stock.figures import table
 from against_stock.options import Options
 
 Scenario = tuple[Callable[[Options, Path], dict[str, Any]], Callable[[dict[str, Any]], str]]
@@ -72,17 +74,25 @@ def machine() -> dict[str, Any]:
 def measure(names: list[str], options: Options, keep: Path | None) -> dict[str, Any]:
     """All scenarios, one after the other, each in a directory of its own that is gone afterwards."""
     report: dict[str, Any] = {"benchmark": "multi_adapter", "machine": machine(), "dtype": options.dtype}
-    report |= {"rounds": options.rounds, "quick": options.quick, "complete": False, "scenarios": []}
+    report |= {"rounds": options.rounds, "quick": options.quick, "complete": False, "bars": [], "scenarios": []}
     for name in names:
         run, shown = SCENARIOS[name]
         with tempfile.TemporaryDirectory(prefix="multi-adapter-", ignore_cleanup_errors=True) as place, writable(place):
             result = run(options, Path(place))
         report["scenarios"].append(result)
+        report["bars"] += judged(result)
         report["complete"] = name == names[-1]
         if keep is not None:
             keep.write_text(json.dumps(report, indent=1))
         print(shown(result), end="\n\n", flush=True)
+    print(bars_shown(report["bars"]))
     return report
+
+
+def bars_shown(bars: list[dict[str, Any]]) -> str:
+    """Every figure that has a bar, and whether it holds."""
+    rows = [[bar["what"], bar["measured"], bar["bar"], "yes" if bar["held"] else "no"] for bar in bars]
+    return table(["figure", "measured", "bar", "held"], rows)
 
 
 @contextlib.contextmanager
@@ -123,6 +133,7 @@ def redraw(kept: Path, picture: Path | None) -> None:
     report = json.loads(kept.read_text())
     for result in report["scenarios"]:
         print(SCENARIOS[result["scenario"]][1](result), end="\n\n")
+    print(bars_shown([bar for result in report["scenarios"] for bar in judged(result)]))
     if picture is not None:
         draw(report, picture)
 

@@ -7,13 +7,13 @@ leaves one idle), no compilation, and adapters loaded beforehand.
 from pathlib import Path
 from typing import Any
 
+from against_stock.bars import DEFAULTS
 from against_stock.checkpoints import SMALL, make_adapters, make_base
 from against_stock.duel import duel, effective
 from against_stock.figures import OURS, STOCK, table
 from against_stock.options import IN_FLIGHT, MAX_TOKENS, Options, progress
 from against_stock.servers import Setup, both
 
-BAR = 15.0
 ADAPTERS = 64
 REQUESTS = 128
 ROUNDS = 2
@@ -37,8 +37,8 @@ def defaults_scenario(options: Options, place: Path) -> dict[str, Any]:
             max_tokens=MAX_TOKENS,
             rounds=min(options.rounds, ROUNDS),
         )
-    progress(f"  ratio {cell['ratio']} (bar {BAR})")
-    cell = {"adapters": ADAPTERS, "bar": BAR, **cell}
+    progress(f"  ratio {cell['ratio']} (bar {DEFAULTS})")
+    cell = {"adapters": ADAPTERS, "bar": DEFAULTS, **cell}
     return {"scenario": "defaults", "in_flight": IN_FLIGHT, "max_tokens": MAX_TOKENS, "effective": configs, **cell}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import uvloop
 
+from against_stock.bars import FLOOD_LATENCY, FLOOD_QUEUE_P99_S
 from against_stock.checkpoints import SMALL, make_adapters, make_base
 from against_stock.duel import effective, require_alike, warm_up
 from against_stock.figures import OURS, SIDES, STOCK, order_of, percentile, table
@@ -25,8 +26,7 @@ from against_stock.workload import Call, prompt, uneven
 FLOOD, QUIET = 200, IN_FLIGHT - 1
 """A's requests in flight: `QUIET` and one of B fill the engine's seats."""
 SLOTS = 4
-SECONDS = 20
-BAR_QUEUE_S, BAR_LATENCY = 0.5, 1.5
+SECONDS, SETTLE_S = 20, 5.0
 
 
 def flood_scenario(options: Options, place: Path) -> dict[str, Any]:
@@ -49,17 +49,17 @@ def flood_scenario(options: Options, place: Path) -> dict[str, Any]:
                 for name in order_of(number):
                     seconds = SECONDS // 2 if options.quick else SECONDS
                     url = sides[SIDES.index(name)].url
-                    answers = uvloop.run(beside(url, in_flight, seconds, seed=number))
+                    answers = uvloop.run(beside(url, in_flight, seconds, seed=number, settle_s=SETTLE_S))
                     taken[name][case] += answers
                     median_s = statistics.median(answer.latency_s for answer in answers)
                     progress(f"  round {number + 1} {case} {name}: B's median {median_s:.2f} s")
     result: dict[str, Any] = {"scenario": "flood", "slots": SLOTS, "seats": IN_FLIGHT, "flood": FLOOD}
-    result |= {"bar_queue_s": BAR_QUEUE_S, "bar_latency": BAR_LATENCY, "effective": configs}
-    return result | {name: _summary(taken[name]) for name in SIDES}
+    return result | {"effective": configs} | {name: _summary(taken[name]) for name in SIDES}
 
 
-async def beside(url: str, in_flight: int, seconds: int, seed: int) -> list[Answer]:
-    """B's answers, one asked for each second, while A keeps `in_flight` requests going."""
+async def beside(url: str, in_flight: int, seconds: int, seed: int, settle_s: float) -> list[Answer]:
+    """B's answers, one asked for each second, while A keeps `in_flight` requests going; from `settle_s` after A begins,
+    when its requests fill the seats and the queue."""
 
     async def keep_asking(client: aiohttp.ClientSession, number: int) -> None:
         for call in uneven("flooding", MAX_TOKENS, seed=1000 * seed + number, user="tenant-a"):
@@ -68,7 +68,7 @@ async def beside(url: str, in_flight: int, seconds: int, seed: int) -> list[Answ
     async with session(url) as client:
         flood: asyncio.Future[Any] = asyncio.gather(*(keep_asking(client, number) for number in range(in_flight)))
         try:
-            await asyncio.sleep(2 + (in_flight > IN_FLIGHT) * 3)  # until A's requests fill the seats, and the queue
+            await asyncio.sleep(settle_s)
             asked = []
             for number in range(seconds):
                 call = Call("quiet", prompt(10_000 + 100 * seed + number), MAX_TOKENS, user="tenant-b")
@@ -119,5 +119,5 @@ def shown(result: dict[str, Any]) -> str:
             ratios = [result[side][f"latency_ratio_{key}"] if case == "flood" else None for key in ("p50", "p99")]
             keys = ("p50_s", "p99_s", "longest_s", "queue_p99_s")
             rows.append([side, in_flight, *(figures[key] for key in keys), *ratios])
-    bars = f"bars: queue p99 {BAR_QUEUE_S} s, latency {BAR_LATENCY} times quiet"
+    bars = f"bars: queue p99 {FLOOD_QUEUE_P99_S} s, latency {FLOOD_LATENCY} times quiet"
     return f"a tenant beside a flood, {result['seats']} seats ({bars})\n{table(columns, rows)}"

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import uvloop
 
+from against_stock.bars import LOADS_GAP_P99
 from against_stock.checkpoints import WIDE, make_adapters, make_base
 from against_stock.duel import effective, require_alike
 from against_stock.errors import BenchmarkError
@@ -30,7 +31,6 @@ LOADS = 24
 SLOTS, CPU_ADAPTERS = 4, 8
 PACE_S = 1.0
 STREAM_TOKENS = 1900
-BAR = 1.2
 PHASES = ("quiet", "requests", "loads")
 
 
@@ -45,7 +45,7 @@ def loads_scenario(options: Options, place: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"scenario": "loads", "loads": len(fresh), "adapter_mib": WIDE.adapter_bytes / 2**20}
     progress("loads: both engines start")
     with both(setup, setup, place / "servers") as sides:
-        result |= {"slots": SLOTS, "cpu_adapters": CPU_ADAPTERS, "bar": BAR, "effective": effective(sides)}
+        result |= {"slots": SLOTS, "cpu_adapters": CPU_ADAPTERS, "bar": LOADS_GAP_P99, "effective": effective(sides)}
         require_alike(result["effective"])
         stock, ours = sides
         ours.register(fresh)
@@ -150,5 +150,5 @@ def shown(result: dict[str, Any]) -> str:
             row = [side, phase, figures["gap_p50_ms"], figures["gap_p99_ms"], figures["gap_longest_ms"]]
             row += [figures["gap_p99_ms"] / quiet_ms, figures["request_p50_ms"], figures["request_longest_ms"]]
             rows.append(row)
-    title = f"{result['loads']} loads of {result['adapter_mib']:.1f} MiB beside {STREAMS} streams (bar {BAR})"
+    title = f"{result['loads']} loads of {result['adapter_mib']:.1f} MiB beside {STREAMS} streams (bar {LOADS_GAP_P99})"
     return f"{title}\n{table(columns, rows)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import uvloop
 
+from against_stock.bars import ZIPF_KEPT
 from against_stock.checkpoints import SMALL, make_adapters, make_base
 from against_stock.duel import Sides, effective, require_alike, warm_up
 from against_stock.figures import OURS, SIDES, STOCK, order_of, percentile, table
@@ -21,7 +22,6 @@ from against_stock.workload import Call, shuffled, zipf
 ADAPTERS, FEW = 1000, 8
 SLOTS, CPU_ADAPTERS = 64, 256
 REQUESTS = 256
-BAR = 0.8
 
 
 def zipf_scenario(options: Options, place: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def zipf_scenario(options: Options, place: Path) -> dict[str, Any]:
         result[name] |= {case: _summary(taken[name][case]) for case in ("few", "zipf")}
         result[name]["kept"] = round(result[name]["zipf"]["tokens_per_s"] / result[name]["few"]["tokens_per_s"], 3)
     few, many = (result[OURS][case]["tokens_per_s"] / result[STOCK][case]["tokens_per_s"] for case in ("few", "zipf"))
-    return result | {"bar_kept": BAR, "ratio_few": round(few, 3), "ratio_zipf": round(many, 3)}
+    return result | {"bar_kept": ZIPF_KEPT, "ratio_few": round(few, 3), "ratio_zipf": round(many, 3)}
 
 
 def _rounds(options: Options, sides: Sides, names: Sequence[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:

@@ -4,18 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from against_stock import bars
 from against_stock.checkpoints import SMALL, WIDE, Shape, make_adapters, make_base
 from against_stock.duel import duel, effective, models_of, require_alike
 from against_stock.figures import OURS, STOCK, table
 from against_stock.options import IN_FLIGHT, KV_CACHE_GIB, MAX_TOKENS, Options, progress
 from against_stock.servers import Setup, both
 
-BARS = {
-    64: {0: 0.95, 1: 2.1, 4: 2.0, 16: 1.9, 32: 1.8, 64: 1.6},
-    4: {0: 0.95, 1: 1.6, 4: 1.8, 16: 1.5, 32: 1.5, 64: 1.6},
-}
-"""The ratio to reach, by slots and adapters in traffic."""
-WIDE_BARS = {4: 1.3, 16: 1.3}
 WIDE_SLOTS = 16
 
 
@@ -26,7 +21,8 @@ def table_scenario(options: Options, place: Path) -> dict[str, Any]:
     blocks = []
     for slots in options.slots:
         cells = [
-            (k, 384 if k == 0 else 256 if k <= slots else 192, BARS.get(slots, {}).get(k)) for k in options.adapters
+            (k, 384 if k == 0 else 256 if k <= slots else 192, bars.TABLE.get(slots, {}).get(k))
+            for k in options.adapters
         ]
         blocks.append(_block(options, place, SMALL, base, adapters, slots, cells))
     return {
@@ -41,9 +37,9 @@ def table_scenario(options: Options, place: Path) -> dict[str, Any]:
 def wide_scenario(options: Options, place: Path) -> dict[str, Any]:
     """A base and adapters of which matrix products, not calls, take the time."""
     base = make_base(place / "base", WIDE)
-    chosen = [k for k in options.adapters if k in (0, *WIDE_BARS)] or [0, *WIDE_BARS]
+    chosen = [k for k in options.adapters if k in bars.WIDE] or list(bars.WIDE)
     adapters = make_adapters(place / "adapters", WIDE, [f"adapter-{n}" for n in range(1, max(chosen) + 1)])
-    cells = [(k, 128, WIDE_BARS.get(k, 0.95)) for k in chosen]
+    cells = [(k, 128, bars.WIDE[k]) for k in chosen]
     blocks = [_block(options, place, WIDE, base, adapters, WIDE_SLOTS, cells)]
     return {"scenario": "wide", "shape": WIDE.name, "in_flight": IN_FLIGHT, "max_tokens": MAX_TOKENS, "blocks": blocks}
 

@@ -1,19 +1,24 @@
 """The parts of the comparison with stock vLLM that decide what the figures say, and that nothing stays running."""
 
 import collections
+import itertools
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from against_stock import chart, throughput
+from against_stock.bars import judged
 from against_stock.checkpoints import SMALL, WIDE, make_adapters
 from against_stock.duel import MUST_MATCH, models_of, require_alike
 from against_stock.errors import BenchmarkError
 from against_stock.figures import OURS, STOCK, Round, agreement, compared, order_of, percentile, table
 from against_stock.processes import command_of, descendants, environment_of
-from against_stock.workload import shuffled, zipf
+from against_stock.workload import shuffled, uneven, zipf
 from loradock_adapters.checkpoint import read_checkpoint
 from loradock_adapters.safetensors_header import read_header
 
@@ -140,3 +145,43 @@ def test_descendants_are_found_with_command_and_environment() -> None:
         finally:
             process.communicate(b"\n")
     assert descendants(process.pid) == []
+
+
+# -- bars and the chart
+
+
+def _cell(adapters: int, ratio: float, bar: float | None) -> dict[str, Any]:
+    side = {"tokens_per_s": 1000.0, "p50_s": 1.0, "p99_s": 2.0, "longest_s": 2.5}
+    faster = side | {"tokens_per_s": 1000 * ratio}
+    return {"adapters": adapters, "ratio": ratio, "bar": bar, "same_answers": 1.0, STOCK: side, OURS: faster}
+
+
+def _table() -> dict[str, Any]:
+    blocks = [{"slots": 64, "cells": [_cell(0, 0.9, 0.95), _cell(4, 2.1, 2.0), _cell(5, 2.0, None)]}]
+    return {"scenario": "table", "shape": "small", "in_flight": 64, "max_tokens": 48, "blocks": blocks}
+
+
+def test_every_figure_with_a_bar_is_judged() -> None:
+    assert judged(_table()) == [
+        {"what": "table: 64 slots, no adapters", "measured": 0.9, "bar": ">= 0.95", "held": False},
+        {"what": "table: 64 slots, 4 adapters", "measured": 2.1, "bar": ">= 2", "held": True},
+    ]
+
+
+def test_bar_of_what_was_not_measured_does_not_hold() -> None:
+    ours = {"flood": {"queue_p99_s": None}, "latency_ratio_p50": 1.2, "latency_ratio_p99": 1.6}
+    assert [bar["held"] for bar in judged({"scenario": "flood", OURS: ours})] == [False, True, False]
+
+
+def test_table_is_shown_and_drawn(tmp_path: Path) -> None:
+    lines = throughput.shown(_table()).splitlines()
+    assert lines[0] == "small base, 64 slots"
+    assert lines[2].split()[:5] == ["none", "0.90", "0.95", "1,000", "900"]
+    chart.draw(_table(), tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_uneven_calls_are_half_to_one_and_a_half_times_the_mean() -> None:
+    lengths = [call.max_tokens for call in itertools.islice(uneven("a", 48, seed=1, user="t"), 500)]
+    assert (min(lengths), max(lengths)) == (24, 72)
+    assert statistics.mean(lengths) == pytest.approx(48, rel=0.05)
