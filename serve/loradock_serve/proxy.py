@@ -15,12 +15,12 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 
-import aiohttp
 from starlette.types import Receive, Scope, Send
 
 from loradock_adapters.errors import LoradockError
 from loradock_serve import metrics, rewrite
 from loradock_serve.catalog import Catalog, Resolved
+from loradock_serve.engine_http import Answer, EngineGoneError
 from loradock_serve.errors import (
     DeadlineError,
     EngineError,
@@ -42,7 +42,6 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_NAME_CHARS = 200
 CLIENT_GONE = 499
 """What logs and metrics call a request whose client hung up (nginx's number for it)."""
-ENGINE_GONE = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, ConnectionError)
 
 
 class OpenAIProxy:
@@ -142,10 +141,8 @@ class ClientGoneError(Exception):
     """The client hung up; there is nobody to answer."""
 
 
-async def _pass_error(
-    answer: aiohttp.ClientResponse, target: Target, out: rewrite.Outgoing, reply: Reply, path: str
-) -> None:
-    text = await _read_up_to(answer, MAX_ERROR_BYTES)
+async def _pass_error(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, path: str) -> None:
+    text = await answer.read(MAX_ERROR_BYTES)
     if answer.status >= 500 and await target.client.is_healthy() is False:
         target.engine.suspect()
         raise EngineUnavailableError(f"The engine of {out.public_name!r} died; it is being restarted")
@@ -157,18 +154,11 @@ async def _pass_error(
     await reply.fail_with(answer.status, error)
 
 
-async def _read_up_to(answer: aiohttp.ClientResponse, limit_bytes: int) -> bytes:
-    parts = bytearray()
-    while len(parts) < limit_bytes and (chunk := await answer.content.read(limit_bytes - len(parts))):
-        parts += chunk
-    return bytes(parts)
-
-
 @contextlib.contextmanager
 def _engine_may_die(target: Target, resolved: Resolved) -> Iterator[None]:
     try:
         yield
-    except ENGINE_GONE as error:
+    except EngineGoneError as error:
         target.engine.suspect()
         raise EngineUnavailableError(
             f"The engine of {resolved.public_name!r} went away while it was answering; it is being restarted"
@@ -195,16 +185,16 @@ async def _comments(reply: Reply, streams: bool, resolved: Resolved) -> AsyncIte
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _stream(answer: aiohttp.ClientResponse, target: Target, out: rewrite.Outgoing, reply: Reply) -> None:
+async def _stream(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply) -> None:
     rewriter = out.rewriter()
     await reply.start_stream()
     try:
-        async for chunk in answer.content.iter_any():
+        while chunk := await answer.chunk():
             if data := rewriter.feed(chunk):
                 await reply.write(data)
             if rewriter.error is not None:
                 break
-    except ENGINE_GONE:
+    except EngineGoneError:
         if not rewriter.ended_well:  # the answer was complete: what died after it is not its client's business
             raise
     finally:
@@ -219,12 +209,12 @@ async def _stream(answer: aiohttp.ClientResponse, target: Target, out: rewrite.O
         await reply.end()
 
 
-async def _whole(answer: aiohttp.ClientResponse, out: rewrite.Outgoing, reply: Reply) -> None:
+async def _whole(answer: Answer, out: rewrite.Outgoing, reply: Reply) -> None:
     body, figures = rewrite.incoming(await answer.read(), out)
     usage = Usage()
     usage.take(figures)
     _meter(out, usage)
-    await reply.whole(body, answer.headers.get("content-type", "application/json"))
+    await reply.whole(body, answer.headers.get(b"content-type", b"application/json").decode("latin-1"))
 
 
 def _meter(out: rewrite.Outgoing, usage: Usage) -> None:

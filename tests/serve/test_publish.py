@@ -67,7 +67,7 @@ async def test_engine_that_is_not_up_yet_leaves_the_version_unproven_and_served_
 
 async def test_engine_that_dies_during_the_proof_does_not_hinder(served: Served, tmp_path: Path) -> None:
     start = await served.gateway.fleet.base.ensure_ready(30)
-    await start.client._session.close()
+    await start.client._pool.close(0)
     answer = await served.push(write_adapter(tmp_path / "a"), "unproven")
     assert (answer.status_code, answer.json()["state"]) == (201, "unproven")
 

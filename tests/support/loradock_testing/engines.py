@@ -1,15 +1,15 @@
 """Engines whose process is the fake one, for tests below the gateway."""
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from loradock_serve import launcher
 from loradock_serve.engine import Engine, EnginePlan
+from loradock_serve.engine_client import JSON_BODY, EngineClient
 from loradock_serve.engine_command import EngineCommand
 
 SUPPORT = Path(__file__).parent.parent
@@ -43,9 +43,8 @@ def group_members(group: int) -> list[int]:
     return [pid for pid in launcher._processes() if launcher._group_of(pid) == group]
 
 
-async def post(session_owner: Any, prompt: str, **fields: Any) -> Any:
+async def post(client: EngineClient, prompt: str, **fields: Any) -> Any:
     """A completion asked of an engine directly; the JSON of its answer."""
-    body = {"model": "base", "prompt": prompt} | fields
-    session: aiohttp.ClientSession = session_owner._session
-    async with session.post("http://engine/v1/completions", json=body) as answer:
-        return await answer.json()
+    body = json.dumps({"model": "base", "prompt": prompt} | fields).encode()
+    async with client.post("/v1/completions", body, JSON_BODY) as answer:
+        return json.loads(await answer.read())

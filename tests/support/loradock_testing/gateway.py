@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -58,8 +59,8 @@ class Served:
     async def seen(self, timeout_s: float = 10.0) -> Any:
         """What the base's fake engine was asked."""
         start = await self.gateway.fleet.base.ensure_ready(timeout_s)
-        async with start.client._session.get("http://engine/fake/seen") as answer:
-            return await answer.json()
+        _, text = await start.client._get("/fake/seen", timeout_s)
+        return json.loads(text)
 
     async def until_ready(self) -> None:
         """Returns when the base's engine is up."""
