@@ -21,7 +21,7 @@ from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import ModelRef, check_name, parse_ref
 from loradock_adapters.problems import Problem
 from loradock_adapters.registry_schema import WRITES, Changes, models, open_database, pins, versions
-from loradock_adapters.traffic import TrafficTable
+from loradock_adapters.traffic_table import TrafficTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +217,15 @@ class Registry:
         with self._engine.connect() as connection:
             known = [BaseIdentity.from_json(document) for document in connection.execute(query).scalars()]
         return dict(Counter(base for base in known if base is not None))
+
+    def older_ranks(self) -> set[tuple[int, BaseIdentity | None]]:
+        """The ranks of shared adapters' versions that are not current, with the base of each."""
+        joined = versions.join(models, models.c.name == versions.c.name)
+        older = sa.or_(models.c.current_number.is_(None), versions.c.number != models.c.current_number)
+        query = sa.select(versions.c.rank, versions.c.base).select_from(joined)
+        query = query.where(older, versions.c.placement == "shared", versions.c.rank.is_not(None))
+        with self._engine.connect() as connection:
+            return {(rank, BaseIdentity.from_json(base)) for rank, base in connection.execute(query)}
 
     def digests(self) -> set[str]:
         """The digests of all versions: what the store must keep."""

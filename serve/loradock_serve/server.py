@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import uvicorn
 import uvloop
 
+from loradock_serve import plan
 from loradock_serve.app import Gateway, build_gateway
 from loradock_serve.config import ServeConfig, read_admin_key
 from loradock_serve.errors import ServeConfigError
@@ -89,14 +90,7 @@ def _announce(gateway: Gateway, config: ServeConfig, listener: socket.socket, ad
         "listening on http://%s:%d (%s)", shown, port, "with an admin key" if admin_key else "this machine only, no key"
     )
     log.info("base %s from %s; data in %s", " or ".join(gateway.catalog.base_names), config.base, config.data_dir)
-    if gateway.lora is not None:
-        lora = gateway.lora
-        log.info(
-            "%d adapter slots of rank %d (%.1f MiB each), %d adapters in host memory",
-            lora.max_loras,
-            lora.max_lora_rank,
-            lora.slot_bytes / 1024**2,
-            lora.max_cpu_loras,
-        )
+    if gateway.plan is not None and config.engine.url is None:
+        plan.say(gateway.plan)
     if config.engine.url is None:
         log.info("the engine starts; its log is %s", config.data_dir / "logs" / "engine-base.log")

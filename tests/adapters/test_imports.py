@@ -12,7 +12,7 @@ LIGHT = {"typer", "rich", "httpx", "pydantic", "yaml"}
 MIGRATIONS = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("migrations/versions/0*.py")}
 HEAVY_HOMES = {
     "numpy": {"values.py"},
-    "sqlalchemy": {"registry.py", "registry_schema.py"} | MIGRATIONS,
+    "sqlalchemy": {"registry.py", "registry_schema.py", "traffic_table.py"} | MIGRATIONS,
     "alembic": {"registry_schema.py", "migrations/env.py"} | MIGRATIONS,
 }
 

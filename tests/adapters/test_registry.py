@@ -319,6 +319,14 @@ def test_pin_of_an_unknown_name_refused(registry: Registry) -> None:
             registry.pin(name)
 
 
+def test_older_ranks_are_those_of_versions_that_can_still_be_asked_for(registry: Registry) -> None:
+    for seed, rank in enumerate((32, 32, 4)):
+        registry.publish("sql", manifest(seed), Verdict("lora", "shared", (), rank), base=BASE)
+    registry.publish("full", manifest(7), DEDICATED)
+    registry.publish("full", manifest(8), DEDICATED)
+    assert registry.older_ranks() == {(32, BASE)}
+
+
 def test_versions_without_a_base_are_claimed_once(registry: Registry) -> None:
     registry.publish("old", manifest(1), SHARED)
     registry.publish("new", manifest(2), SHARED, base=OTHER)

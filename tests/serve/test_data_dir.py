@@ -89,7 +89,7 @@ async def test_gateway_that_cannot_begin_lets_go_of_the_directory(
     def fail(*_: object) -> None:
         raise ServeConfigError("no")
 
-    monkeypatch.setattr("loradock_serve.app.lora_sizing", fail)
+    monkeypatch.setattr("loradock_serve.app.engine_plan", fail)
     with pytest.raises(ServeConfigError, match="no"):
         build_gateway(config, None, MACHINE)
     GatewayLock(tmp_path / "data").release()

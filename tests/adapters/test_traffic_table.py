@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from loradock_adapters import traffic as traffic_module
+from loradock_adapters import traffic_table
 from loradock_adapters.registry import Registry
-from loradock_adapters.traffic import HourTraffic, Traffic, TrafficTable
+from loradock_adapters.traffic import HourTraffic, Traffic
+from loradock_adapters.traffic_table import TrafficTable
 
 A, B, C = ("sha256:" + letter * 64 for letter in "abc")
 
@@ -38,14 +39,14 @@ def test_hour_in_which_only_the_peak_is_known_is_kept(table: TrafficTable) -> No
 
 def test_hours_that_are_too_old_go(table: TrafficTable) -> None:
     table.add([HourTraffic(100, {A: 1}, 9)])
-    table.add([HourTraffic(100 + traffic_module.KEPT_HOURS, {B: 1}, 1)])
+    table.add([HourTraffic(100 + traffic_table.KEPT_HOURS, {B: 1}, 1)])
     assert A in table.between(0, 10_000).requests
-    table.add([HourTraffic(101 + traffic_module.KEPT_HOURS, {B: 1}, 1)])
+    table.add([HourTraffic(101 + traffic_table.KEPT_HOURS, {B: 1}, 1)])
     assert table.between(0, 10_000) == Traffic({B: 2}, 1, 1)
 
 
 def test_rows_beyond_the_bound_go_the_oldest_hours_first(table: TrafficTable, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(traffic_module, "MAX_ROWS", 4)
+    monkeypatch.setattr(traffic_table, "MAX_ROWS", 4)
     table.add([HourTraffic(hour, {A: 1, B: 1}, hour) for hour in (1, 2, 3)])
     assert table.between(0, 10) == Traffic({A: 2, B: 2}, 3, 2)
     table.add([HourTraffic(3, {C: 1}, 1)])
