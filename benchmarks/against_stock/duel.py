@@ -1,5 +1,6 @@
 """One cell: the same requests to both sides, in alternating rounds; and whether both engines are set up alike."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,12 @@ WARM_UP_TOKENS = 8
 
 
 def effective(sides: Sides) -> dict[str, Any]:
-    """What both engines run with."""
-    return {STOCK: sides[0].effective(), OURS: sides[1].effective()}
+    """What both engines run with, told on the way."""
+    configs = {STOCK: sides[0].effective(), OURS: sides[1].effective()}
+    for name, config in configs.items():
+        shown = {key: config[key] for key in ("lora_wrapper", *MUST_MATCH)}
+        progress(f"  {name}: {config['command']}\n  {json.dumps(shown)}\n  {json.dumps(config['environment'])}")
+    return configs
 
 
 def require_alike(configs: Mapping[str, Mapping[str, Any]]) -> None:
