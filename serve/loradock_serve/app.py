@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
 from loradock_adapters.registry import Registry
@@ -201,7 +201,7 @@ def _application(
     publisher: Publisher,
     socket_dir: Path,
     lock: GatewayLock | None,
-) -> FastAPI:
+) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         fleet.start()
@@ -217,7 +217,7 @@ def _application(
 
     app = FastAPI(title="Loradock", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     proxy = OpenAIProxy(catalog, fleet, max_body_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)
-    for path in OPENAI_PATHS:
+    for path in OPENAI_PATHS:  # the router sees what is no POST, and refuses it
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
     states = States(fleet)
     app.include_router(models_router(catalog, publisher, states))
@@ -227,4 +227,18 @@ def _application(
     app.include_router(ops_router(fleet))
 
     add_handlers(app)
-    return app
+    return _OpenAIFirst(proxy, app)
+
+
+class _OpenAIFirst:
+    """The OpenAI routes, and `app` for all others: on the way through a router a request spends more than in its
+    proxy."""
+
+    def __init__(self, proxy: ASGIApp, app: ASGIApp) -> None:
+        self._proxy = proxy
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        hot = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in OPENAI_PATHS
+        await (self._proxy if hot else self._app)(scope, receive, send)

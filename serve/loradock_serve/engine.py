@@ -78,6 +78,8 @@ class Engine:
         self._ready: asyncio.Future[EngineStart] = asyncio.get_running_loop().create_future()
         self._stop_wanted = asyncio.Event()
         self._suspected = asyncio.Event()
+        self._looked = asyncio.Event()
+        """Set when the engine has been looked at since it was suspected."""
 
     @property
     def current(self) -> EngineStart | None:
@@ -110,6 +112,8 @@ class Engine:
 
         Raises EngineStartError when this start fails, EngineUnavailableError when the time is over.
         """
+        if self.state == "ready":
+            return self._ready.result()
         try:
             async with asyncio.timeout(timeout_s):
                 while self.state in ("stopping", "failed") and self.runs and self._task is not None:
@@ -124,7 +128,18 @@ class Engine:
 
     def suspect(self) -> None:
         """A request saw the engine fail: look at its health now rather than at the next probe."""
+        self._looked.clear()
         self._suspected.set()
+
+    async def examine(self, timeout_s: float) -> None:
+        """As `suspect`, and wait for what the look finds, though not longer than `timeout_s`.
+
+        Whoever asks for a dead engine after that waits for its next start rather than meet it once more.
+        """
+        self.suspect()
+        if self.state == "ready":
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._looked.wait(), timeout_s)
 
     async def stop(self) -> None:
         """Stop the engine and wait until nothing of it is left."""
@@ -144,6 +159,7 @@ class Engine:
     def _leave_ready(self, state: State) -> None:
         self.state = state
         self._renew_ready()
+        self._looked.set()
 
     async def _live(self) -> None:
         pause_s = FIRST_PAUSE_S
@@ -244,6 +260,8 @@ class Engine:
             if self._stop_wanted.is_set():
                 return
             healthy = await client.is_healthy()
+            if healthy:
+                self._looked.set()
             missed = 0 if healthy else missed + 1
             if healthy is False or missed > MISSED_PROBES:
                 summary = f"{self.plan.subject} is dead: its health check fails"
@@ -287,6 +305,8 @@ class AttachedEngine:
 
     async def ensure_ready(self, timeout_s: float) -> EngineStart:
         """The engine's client once it answers; EngineUnavailableError after `timeout_s`."""
+        if self._current is not None:
+            return self._current
         try:
             async with asyncio.timeout(timeout_s), self._lock:
                 while self._current is None:
@@ -316,6 +336,10 @@ class AttachedEngine:
         """A request saw it fail: whatever runs it may have restarted it, so ask again who it is."""
         self._current = None
         self.state = "starting"
+
+    async def examine(self, timeout_s: float) -> None:
+        """As `suspect`: whoever comes next finds out."""
+        self.suspect()
 
     async def stop(self) -> None:
         """Let go of it."""

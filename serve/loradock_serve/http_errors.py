@@ -24,6 +24,7 @@ from loradock_serve import errors as serve
 log = logging.getLogger("loradock.gateway")
 
 MAX_LOGGED_CHARS = 200
+UNFORESEEN = "Something went wrong inside the gateway; its log has the details"
 STATUS: Mapping[type[Exception], int] = {
     serve.BadRequestError: 400,
     serve.UnauthorizedError: 401,
@@ -146,8 +147,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def unforeseen(_request: Request, _error: Exception) -> Response:
         # Starlette raises it once more behind this answer, so that the server logs its traceback.
-        message = "Something went wrong inside the gateway; its log has the details"
-        return error_response(serve.GatewayError(message))
+        return error_response(serve.GatewayError(UNFORESEEN))
 
     app.add_exception_handler(LoradockError, ours)
     app.add_exception_handler(HTTPException, of_the_framework)

@@ -3,6 +3,8 @@
 Knows nothing of HTTP or engines; whoever does the thing counts it.
 """
 
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 REGISTRY = CollectorRegistry()
@@ -53,6 +55,26 @@ def model_label(name: str) -> str:
 
 def meter(model: str, prompt_tokens: int, completion_tokens: int) -> None:
     """Count the tokens of one answer."""
-    label = model_label(model)
-    TOKENS.labels(label, "prompt").inc(prompt_tokens)
-    TOKENS.labels(label, "completion").inc(completion_tokens)
+    prompt, completion = _tokens(model_label(model))
+    prompt.inc(prompt_tokens)
+    completion.inc(completion_tokens)
+
+
+def count_request(route: str, status: int, seconds: float) -> None:
+    """Count one request to an OpenAI route."""
+    requests, histogram = _requests(route, status)
+    requests.inc()
+    histogram.observe(seconds)
+
+
+# Looking a time series up by its labels costs more than counting on it. Labels are bounded, and so are these.
+
+
+@cache
+def _tokens(label: str) -> tuple[Counter, Counter]:
+    return TOKENS.labels(label, "prompt"), TOKENS.labels(label, "completion")
+
+
+@cache
+def _requests(route: str, status: int) -> tuple[Counter, Histogram]:
+    return REQUESTS.labels(route, status), REQUEST_SECONDS.labels(route)

@@ -11,31 +11,33 @@ uploads.
 import asyncio
 import contextlib
 import logging
+import random
 import time
-import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope, Send
 
 from loradock_adapters.errors import LoradockError
 from loradock_serve import metrics, rewrite
 from loradock_serve.catalog import Catalog, Resolved
+from loradock_serve.cut_short import ClientGoneError, CutShort
 from loradock_serve.engine_http import Answer, EngineGoneError
 from loradock_serve.errors import (
-    DeadlineError,
     EngineError,
     EngineRouteError,
     EngineUnavailableError,
+    GatewayError,
     TooLargeError,
 )
 from loradock_serve.fleet import Fleet, Target
-from loradock_serve.http_errors import status_of
+from loradock_serve.http_errors import UNFORESEEN, explained, status_of
 from loradock_serve.reply import Reply
 from loradock_serve.sse import Usage
 
 log = logging.getLogger("loradock.requests")
 
 HOLD_COMMENT_EVERY_S = 5.0
+EXAMINED_WITHIN_S = 1.0
 MAX_ERROR_BYTES = 64 * 1024
 FORWARDED = (b"x-request-id", b"traceparent", b"tracestate")
 MAX_REQUEST_ID_CHARS = 128
@@ -60,48 +62,25 @@ class OpenAIProxy:
         status = 500  # what stays if something happens that nobody thought of
         metrics.IN_FLIGHT.inc()
         try:
-            body = await self._body(scope, receive)
-            await self._until_hang_up(scope, receive, reply, body)
+            with CutShort(reply, self._timeout_s) as cut:
+                body = await read_body(receive, self._max_body_bytes, _header(scope, b"content-length"))
+                cut.watch(scope, receive)
+                await self._answer(scope, reply, body)
             status = reply.status
-        except LoradockError as error:
-            await reply.fail(error)
-            status = status_of(error)
         except ClientGoneError:
             status = CLIENT_GONE
+        except Exception as error:
+            known = error if isinstance(error, LoradockError) else explained(error)
+            status = status_of(known) if known is not None else 500
+            await reply.fail(known or GatewayError(UNFORESEEN))
+            if known is None:
+                raise  # the server logs its traceback
         finally:
             metrics.IN_FLIGHT.dec()
             seconds = time.monotonic() - began
-            metrics.REQUESTS.labels(scope["path"], status).inc()
-            metrics.REQUEST_SECONDS.labels(scope["path"]).observe(seconds)
+            metrics.count_request(scope["path"], status, seconds)
             outcome = f"{status}" if reply.error_code is None else f"{status} {_shown(reply.error_code)}"
             log.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), outcome, seconds, reply.request_id)
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await read_body(receive, self._max_body_bytes, _header(scope, b"content-length"))
-        except TimeoutError:
-            raise self._too_long() from None
-
-    def _too_long(self) -> DeadlineError:
-        return DeadlineError(f"The request was cut off after {self._timeout_s:g} s (`request_timeout_s`)")
-
-    async def _until_hang_up(self, scope: Scope, receive: Receive, reply: Reply, body: bytes) -> None:
-        """Answer the request; drop it, and with it the engine's work, the moment the client is gone or time is up."""
-        work = asyncio.create_task(self._answer(scope, reply, body))
-        gone = asyncio.create_task(_hang_up(receive))
-        try:
-            done, _ = await asyncio.wait({work, gone}, timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED)
-            if work in done or reply.ended:  # a complete answer also shows as the end of the connection
-                await work
-            elif gone in done:
-                raise ClientGoneError
-            else:
-                raise self._too_long()
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _answer(self, scope: Scope, reply: Reply, body: bytes) -> None:
         path = scope["path"]
@@ -123,7 +102,7 @@ class OpenAIProxy:
             async with _comments(reply, out.streams, resolved):
                 target = await stack.enter_async_context(self._fleet.lease(resolved.version))
             headers = _engine_headers(scope, reply.request_id)
-            with _engine_may_die(target, resolved):
+            try:
                 answer = await stack.enter_async_context(target.client.post(path, out.body, headers))
                 if answer.status == 404 and resolved.is_adapter and not last:
                     self._fleet.lost(target)
@@ -134,11 +113,12 @@ class OpenAIProxy:
                     await _stream(answer, target, out, reply)
                 else:
                     await _whole(answer, out, reply)
+            except EngineGoneError as error:
+                await target.engine.examine(EXAMINED_WITHIN_S)
+                raise EngineUnavailableError(
+                    f"The engine of {resolved.public_name!r} went away while it was answering; it is being restarted"
+                ) from error
         return True
-
-
-class ClientGoneError(Exception):
-    """The client hung up; there is nobody to answer."""
 
 
 async def _pass_error(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, path: str) -> None:
@@ -152,17 +132,6 @@ async def _pass_error(answer: Answer, target: Target, out: rewrite.Outgoing, rep
     if not 400 <= answer.status < 600:
         raise EngineError(f"The engine of {out.public_name!r} answered with status {answer.status}")
     await reply.fail_with(answer.status, error)
-
-
-@contextlib.contextmanager
-def _engine_may_die(target: Target, resolved: Resolved) -> Iterator[None]:
-    try:
-        yield
-    except EngineGoneError as error:
-        target.engine.suspect()
-        raise EngineUnavailableError(
-            f"The engine of {resolved.public_name!r} went away while it was answering; it is being restarted"
-        ) from error
 
 
 @contextlib.asynccontextmanager
@@ -241,16 +210,11 @@ async def read_body(receive: Receive, limit_bytes: int, announced: str) -> bytes
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-async def _hang_up(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _request_id(scope: Scope) -> str:
     """The client's own, where it is one that headers and logs can carry; else a new one."""
     own = _header(scope, b"x-request-id")
     usable = 0 < len(own) <= MAX_REQUEST_ID_CHARS and own.isascii() and own.isprintable()
-    return own if usable else f"req-{uuid.uuid4().hex}"
+    return own if usable else f"req-{random.getrandbits(128):032x}"
 
 
 def _shown(word: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -10,17 +11,20 @@ from collections.abc import Iterator
 
 import uvicorn
 import uvloop
+from starlette.types import ASGIApp
 
 from loradock_serve import plan
-from loradock_serve.app import Gateway, build_gateway
+from loradock_serve.app import OPENAI_PATHS, Gateway, build_gateway
 from loradock_serve.config import ServeConfig, read_admin_key
 from loradock_serve.errors import ServeConfigError
+from loradock_serve.lean_protocol import LeanProtocol, hot_paths
 from loradock_serve.process import adopt_orphans
 
 log = logging.getLogger("loradock.gateway")
 
 SHUTDOWN_GRACE_S = 10
 BACKLOG = 2048
+COLLECT_EVERY = 20_000  # objects
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -51,19 +55,29 @@ class _Server(uvicorn.Server):
 
 async def _serve(config: ServeConfig, admin_key: str | None, listener: socket.socket) -> None:
     gateway = build_gateway(config, admin_key)
+    # What is there by now stays: without this the collector walks through it again and again, in the way of requests.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY, 20, 50)
     _announce(gateway, config, listener, admin_key)
-    server = _Server(
-        uvicorn.Config(
-            gateway.app,
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            http="httptools",
-            timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
-            server_header=False,
-        )
+    await _Server(uvicorn_config(gateway.app)).serve(sockets=[listener])
+
+
+class _Protocol(LeanProtocol):
+    hot = hot_paths(OPENAI_PATHS)
+
+
+def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn runs the gateway."""
+    return uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        http=_Protocol,
+        timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+        server_header=False,
     )
-    await server.serve(sockets=[listener])
 
 
 def _listen(config: ServeConfig) -> socket.socket:

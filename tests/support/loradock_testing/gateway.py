@@ -19,6 +19,7 @@ from loradock_serve import engine_command
 from loradock_serve.app import Gateway, build_gateway
 from loradock_serve.config import ServeConfig
 from loradock_serve.engine_command import Machine
+from loradock_serve.server import uvicorn_config
 from loradock_testing.tiny_checkpoints import write_base
 
 MACHINE = Machine("cpu", 8 * 1024**3, (0, 1))
@@ -83,7 +84,7 @@ async def serving(
     config.setdefault("data_dir", str(tmp_path / "data"))
     gateway = build_gateway(ServeConfig.model_validate(config), admin_key, MACHINE)
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(gateway.app, lifespan="on", log_config=None, access_log=False))
+    server = uvicorn.Server(uvicorn_config(gateway.app))
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
     running = asyncio.create_task(server.serve(sockets=[listener]))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
