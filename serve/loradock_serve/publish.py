@@ -5,10 +5,8 @@ publish of a name at a time. Knows nothing of HTTP requests.
 """
 
 import asyncio
-import contextlib
 import logging
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from loradock_serve.catalog import Catalog, reasons_json
 from loradock_serve.errors import BadRequestError, EngineRefusedError, EngineUnavailableError
 from loradock_serve.fleet import Fleet
 from loradock_serve.metrics import PUBLISHES
+from loradock_serve.turns import Turns
 
 log = logging.getLogger("loradock.publish")
 
@@ -53,26 +52,6 @@ class Published:
             "created": version.created,
             "state": "ready" if self.proven else "unproven",
         }
-
-
-class Turns:
-    """One at a time for each key; a key is kept only while somebody is at it or waits."""
-
-    def __init__(self) -> None:
-        self._locks: dict[str, asyncio.Lock] = {}
-        self._takers: Counter[str] = Counter()
-
-    @contextlib.asynccontextmanager
-    async def of(self, key: str) -> AsyncIterator[None]:
-        """This key's turn."""
-        self._takers[key] += 1
-        try:
-            async with self._locks.setdefault(key, asyncio.Lock()):
-                yield
-        finally:
-            self._takers[key] -= 1
-            if not self._takers[key]:
-                del self._takers[key], self._locks[key]
 
 
 class Publisher:

@@ -17,7 +17,7 @@ from loradock_adapters.manifest import manifest_of
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
 from loradock_serve.engine import AttachedEngine, Engine
-from loradock_serve.publish import Turns
+from loradock_serve.turns import Turns
 from loradock_testing.engines import SUPPORT, group_members
 from loradock_testing.gateway import Served, serving
 from loradock_testing.tiny_checkpoints import write_adapter

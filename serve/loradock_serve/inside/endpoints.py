@@ -1,16 +1,18 @@
 """Our private routes on the engine's Unix socket (entry point group `vllm.endpoint_plugins`).
 
     GET  /loradock/status              what the engine is, which LoRA wrapper its workers use, what lies in the slots
-    POST /loradock/adapters/load       {"name", "path"}: from now on the OpenAI routes serve `"model": name`
+    POST /loradock/adapters/load       {"name", "path", "packed"?}: from now on the OpenAI routes serve `"model": name`
     POST /loradock/adapters/unload     {"name"}: forget the name, and free the weights
     POST /loradock/adapters/pin        {"name"}: into a slot, and it stays there (`slot_pins.py`)
     POST /loradock/adapters/unpin      {"name"}: it may leave its slot again
 
-vLLM's own `/v1/load_lora_adapter` answers a refused adapter with 500 and accepts Hub ids, which it then downloads
-inside the engine loop; its unload route keeps the weights. These routes know nothing of versions, tenants or who is
-still using an adapter: whoever unloads makes sure that nobody is (vLLM would read it from disk again).
-Private touches: `OpenAIServingModels` (`load_lora_adapter`, `unload_lora_adapter`, `lora_requests`,
-`is_base_model`) and `AsyncLLM` (`add_lora`, `remove_lora`, `collective_rpc`, `vllm_config`, `errored`).
+vLLM's own `/v1/load_lora_adapter` reads the adapter in the engine's loop, evicts the oldest slot for it even where
+requests run there, answers a refused one with 500, and accepts Hub ids, which it then downloads inside that loop; its
+unload route keeps the weights. Ours has every worker read the adapter on a thread (staging.py) and then only tells the
+API server its name: a slot is taken when the first request is scheduled. These routes know nothing of versions, tenants
+or who is still using an adapter: whoever unloads makes sure that nobody is (vLLM would read it from disk again).
+Private touches: `OpenAIServingModels` (`unload_lora_adapter`, `lora_requests`, `lora_id_counter`, `is_base_model`) and
+`AsyncLLM` (`add_lora`, `remove_lora`, `collective_rpc`, `vllm_config`, `errored`).
 """
 
 import asyncio
@@ -23,7 +25,9 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from loradock_serve.inside.stage_watch import StageFailedError, StageWatch
 from loradock_serve.inside.worker import is_corrected
+from loradock_serve.turns import Turns
 
 
 class LoadRequest(BaseModel):
@@ -33,6 +37,8 @@ class LoadRequest(BaseModel):
 
     name: str = Field(min_length=1, max_length=256)
     path: str = Field(min_length=1)
+    packed: str | None = None
+    """A directory with the same adapter in the form that is read fastest (packing.py)."""
 
 
 class UnloadRequest(BaseModel):
@@ -60,23 +66,24 @@ class DeskError(Exception):
 
 
 class AdapterDesk:
-    """Loads and unloads adapters of one engine, one at a time: the engine loop would serialise them anyway."""
+    """Loads and unloads adapters of one engine: in turn for each name, and side by side for different ones."""
 
     def __init__(self, engine: Any, models: Any) -> None:
         self._engine = engine
         self._models = models
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
+        self._stages = StageWatch(engine)
 
-    async def load(self, name: str, path: str) -> bool:
+    async def load(self, name: str, path: str, packed: str | None = None) -> bool:
         """Serve the adapter under the name; False if it was served already.
 
         Raises:
             DeskError: The path is no adapter, the name is taken, or the engine refused it.
         """
-        from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+        from vllm.lora.request import LoRARequest
 
         directory = Path(path)
-        async with self._turn:
+        async with self._turns.of(name):
             self._require_lora()
             known = self._models.lora_requests.get(name)
             if known is not None:
@@ -87,11 +94,24 @@ class AdapterDesk:
                 raise DeskError(409, "name_taken", f"{name!r} is the name of the base model")
             if not directory.is_absolute() or not await asyncio.to_thread((directory / "adapter_config.json").is_file):
                 raise DeskError(400, "no_adapter", f"{path!r} is no absolute directory with an adapter_config.json")
-            answer = await self._models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=path))
-            self._require_alive()
-            if not isinstance(answer, str):
-                raise DeskError(422, "adapter_refused", f"the engine refused adapter {name!r}: {answer.error.message}")
+            adapter = LoRARequest(name, self._models.lora_id_counter.inc(1), path)
+            await self._stage(adapter, packed)
+            self._models.lora_requests[name] = adapter
             return True
+
+    async def _stage(self, adapter: Any, packed: str | None) -> None:
+        """Have the workers read an adapter; none keeps anything of it where one refuses it, or nobody waits for it."""
+        staged = False
+        try:
+            await self._stages.stage(adapter, packed)
+            staged = True
+        except StageFailedError as error:
+            message = f"the engine refused adapter {adapter.lora_name!r}: {error}"
+            raise DeskError(422, "adapter_refused", message) from error
+        finally:
+            self._require_alive()
+            if not staged:
+                await self._engine.collective_rpc("loradock_unstage", args=(adapter.lora_int_id,))
 
     async def unload(self, name: str) -> bool:
         """Forget the name and free the weights; whether the engine still had the weights.
@@ -101,13 +121,11 @@ class AdapterDesk:
         """
         from vllm.entrypoints.serve.lora.protocol import UnloadLoRAAdapterRequest
 
-        async with self._turn:
-            self._require_lora()
-            known = self._models.lora_requests.get(name)
-            if known is None:
-                raise DeskError(404, "unknown_adapter", f"no adapter {name!r} is loaded")
+        async with self._turns.of(name):
+            known = self._known(name)
             await self._models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name))
-            return bool(await self._engine.remove_lora(known.lora_int_id))
+            staged = await self._engine.collective_rpc("loradock_unstage", args=(known.lora_int_id,))
+            return bool(await self._engine.remove_lora(known.lora_int_id)) or any(staged)
 
     async def pin(self, name: str) -> None:
         """Put the adapter into a slot and keep it there. Pinning it twice is pinning it once.
@@ -117,7 +135,7 @@ class AdapterDesk:
         Raises:
             DeskError: No adapter has this name, or all slots but one are pinned.
         """
-        async with self._turn:
+        async with self._turns.of(name):
             known = self._known(name)
             await self._engine.add_lora(known)  # reads it again where it had to leave host memory
             answers = await self._engine.collective_rpc("loradock_pin", args=(known.lora_int_id,))
@@ -134,7 +152,7 @@ class AdapterDesk:
         Raises:
             DeskError: No adapter has this name.
         """
-        async with self._turn:
+        async with self._turns.of(name):
             known = self._known(name)
             return all(await self._engine.collective_rpc("loradock_unpin", args=(known.lora_int_id,)))
 
@@ -167,9 +185,11 @@ class AdapterDesk:
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "max_model_len": config.model_config.max_model_len,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "lora_dtype": str(lora.lora_dtype).removeprefix("torch.") if lora else None,
             "registered": sorted(self._models.lora_requests),
             "active": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["active"]],
             "loaded": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["loaded"]],
+            "staged": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["staged"]],
         } | _residency(names, workers)
 
     def _require_lora(self) -> None:
@@ -213,7 +233,7 @@ class LoradockEndpoints:
             return JSONResponse(await _desk(request).status())
 
         async def load(body: LoadRequest, request: Request) -> JSONResponse:
-            created = await _desk(request).load(body.name, body.path)
+            created = await _desk(request).load(body.name, body.path, body.packed)
             return JSONResponse({"name": body.name, "path": body.path, "created": created})
 
         async def unload(body: UnloadRequest, request: Request) -> JSONResponse:

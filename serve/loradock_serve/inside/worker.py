@@ -1,9 +1,10 @@
-"""What vLLM's workers answer about themselves (`--worker-extension-cls loradock_serve.inside.worker.LoradockWorker`).
+"""What vLLM's workers answer and do for us (`--worker-extension-cls loradock_serve.inside.worker.LoradockWorker`).
 
-vLLM mixes the class into its own worker class; the API server reaches its methods by `collective_rpc`. Names of
-adapters are the API server's business: here they are integers. Private touches: `worker.model_runner.lora_manager` and,
-of its `_adapter_manager`, `modules` (and their `lora_a_stacked`, `lora_b_stacked`), `lora_slots`, `lora_index_to_id`
-and `list_adapters`; those of `adapter_counts.py` and `slot_pins.py` are named there.
+vLLM mixes the class into its own worker class; the API server reaches its methods by `collective_rpc`, between two
+steps of the engine: none may take long. Names of adapters are the API server's business: here they are integers.
+Private touches: `worker.model_runner.lora_manager` and, of its `_adapter_manager`, `modules` (and their
+`lora_a_stacked`, `lora_b_stacked`), `lora_slots`, `lora_index_to_id` and `list_adapters`; those of `staging.py`,
+`adapter_counts.py` and `slot_pins.py` are named there.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 from loradock_serve.inside.adapter_counts import AdapterCounts
 from loradock_serve.inside.plugin import CORRECTED_WRAPPER
 from loradock_serve.inside.slot_pins import Answer, SlotPins
+from loradock_serve.inside.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Books:
 
     counts: AdapterCounts
     pins: SlotPins
+    staging: Staging
     slot_bytes: int
     """Memory of one slot of this worker, as vLLM has allocated it."""
 
@@ -35,7 +38,13 @@ class LoradockWorker:
     def loradock_status(self) -> dict[str, Any]:
         """The wrapper that the layers really use, and what lies in its slots and in the cache (adapter ids)."""
         lora_manager = getattr(self.model_runner, "lora_manager", None)
-        status: dict[str, Any] = {"device": str(self.device), "wrappers": [], "active": [], "loaded": []}
+        status: dict[str, Any] = {
+            "device": str(self.device),
+            "wrappers": [],
+            "active": [],
+            "loaded": [],
+            "staged": [],
+        }
         if lora_manager is None:
             return status
         manager = lora_manager._adapter_manager
@@ -44,11 +53,27 @@ class LoradockWorker:
         status["active"] = list(manager.lora_index_to_id)
         status["loaded"] = sorted(manager.list_adapters())
         books = self.loradock_open_books()
+        status["staged"] = sorted(set(books.staging.held()) - set(status["loaded"]))
         status["pinned"] = books.pins.pinned
         status["counts"] = asdict(books.counts.total)
         status["adapters"] = books.counts.to_json()
         status["slot_bytes"] = books.slot_bytes
         return status
+
+    def loradock_stage(self, adapter_id: int, name: str, path: str, packed: str | None) -> None:
+        """Begin to read an adapter on a thread."""
+        from vllm.lora.request import LoRARequest
+
+        self.loradock_open_books().staging.begin(LoRARequest(name, adapter_id, path), packed)
+
+    def loradock_staged(self, adapter_ids: list[int]) -> list[tuple[str, str]]:
+        """The state of each, and what was wrong with those that failed."""
+        staging = self.loradock_open_books().staging
+        return [staging.look(adapter_id) for adapter_id in adapter_ids]
+
+    def loradock_unstage(self, adapter_id: int) -> bool:
+        """Forget what was read of an adapter; whether it was at hand."""
+        return self.loradock_open_books().staging.drop(adapter_id)
 
     def loradock_pin(self, adapter_id: int) -> Answer:
         """Keep an adapter in a slot."""
@@ -63,7 +88,9 @@ class LoradockWorker:
         if self.loradock_books is None:
             lora_manager = self.model_runner.lora_manager
             manager = lora_manager._adapter_manager
-            self.loradock_books = Books(AdapterCounts(manager), SlotPins(lora_manager), _slot_bytes(manager))
+            self.loradock_books = Books(
+                AdapterCounts(manager), SlotPins(lora_manager), Staging(lora_manager), _slot_bytes(manager)
+            )
         return self.loradock_books
 
 

@@ -11,34 +11,25 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from vllm.utils.counter import AtomicCounter
 
 from loradock_serve.inside.endpoints import LoradockEndpoints
 from loradock_serve.inside.plugin import CORRECTED_WRAPPER, STOCK_WRAPPER
 from loradock_testing.isolation import BASE, SLOTS, World
 from loradock_testing.tiny_models import make_adapter
 from loradock_testing.vllm_server import VllmServer
+from loradock_testing.waiting import until
 
 
 class FakeModels:
-    """vLLM's registry of served models: refuses any path with `bad` in it, as vLLM does."""
+    """vLLM's registry of served models."""
 
     def __init__(self) -> None:
         self.lora_requests: dict[str, Any] = {}
-        self.loads = 0
+        self.lora_id_counter = AtomicCounter(0)
 
     def is_base_model(self, name: str) -> bool:
         return name == BASE
-
-    async def load_lora_adapter(self, request: Any) -> Any:
-        self.loads += 1
-        await asyncio.sleep(0)
-        if "bad" in request.lora_path:
-            return SimpleNamespace(error=SimpleNamespace(message="rank 64 is over max_lora_rank 16", code=500))
-        if request.lora_name in self.lora_requests:
-            return SimpleNamespace(error=SimpleNamespace(message="has already been loaded", code=400))
-        number = self.loads
-        self.lora_requests[request.lora_name] = SimpleNamespace(lora_path=request.lora_path, lora_int_id=number)
-        return "Success"
 
     async def unload_lora_adapter(self, request: Any) -> str:
         del self.lora_requests[request.lora_name]
@@ -46,18 +37,24 @@ class FakeModels:
 
 
 class FakeEngine:
-    """vLLM's engine client: remembers which adapters it was told to remove."""
+    """vLLM's engine client, of two workers that read adapters: they refuse any path with `bad` in it."""
 
     def __init__(self, *, lora: bool = True, wrapper: str = CORRECTED_WRAPPER) -> None:
         self.errored = False
-        self.removed: list[int] = []
+        self.dies = False
+        self.state = "ready"
+        self.slow: set[int] = set()
+        """Adapters that the second worker is still reading."""
+        self.staged: dict[int, tuple[str, str | None]] = {}
         self.added: list[int] = []
+        self.removed: list[int] = []
         self.pinned: list[int] = []
         self.counts = {"reads": 2, "activations": 5, "slot_evictions": 3, "cpu_evictions": 0}
+        self.stages = 0
         self.worker: dict[str, Any] = {"device": "cpu", "wrappers": [wrapper], "active": [1, None, 9], "loaded": [1, 9]}
         self.worker |= {"pinned": self.pinned, "counts": self.counts, "adapters": {1: self.counts, 9: self.counts}}
-        self.worker["slot_bytes"] = 640
-        config = SimpleNamespace(max_loras=3, max_cpu_loras=6, max_lora_rank=16)
+        self.worker |= {"slot_bytes": 640, "staged": [2]}
+        config = SimpleNamespace(max_loras=3, max_cpu_loras=6, max_lora_rank=16, lora_dtype="torch.bfloat16")
         self.vllm_config = SimpleNamespace(
             lora_config=config if lora else None,
             device_config=SimpleNamespace(device="cpu"),
@@ -65,28 +62,52 @@ class FakeEngine:
             model_config=SimpleNamespace(max_model_len=256, dtype="torch.float32"),
         )
 
+    async def add_lora(self, adapter: Any) -> bool:
+        if "unfit" in adapter.lora_path:
+            raise RuntimeError("the experts do not fit")
+        self.added.append(adapter.lora_int_id)
+        return True
+
     async def remove_lora(self, lora_id: int) -> bool:
         self.removed.append(lora_id)
-        return True
+        return False
 
-    async def add_lora(self, request: Any) -> bool:
-        self.added.append(request.lora_int_id)
-        return True
-
-    async def collective_rpc(self, method: str, args: tuple[int, ...] = ()) -> list[Any]:
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         assert self.vllm_config.lora_config is not None, "an engine without LoRA has no such method"
-        match method:
-            case "loradock_pin" if len(self.pinned) == self.vllm_config.lora_config.max_loras - 1:
-                return ["full"]
-            case "loradock_pin":
-                self.pinned.append(args[0])
-                return ["pinned"]
-            case "loradock_unpin":
-                was_pinned = args[0] in self.pinned
-                self.pinned[:] = [number for number in self.pinned if number != args[0]]
-                return [was_pinned]
-        assert method == "loradock_status"
-        return [self.worker]
+        return [getattr(self, method)(*args, worker=worker) for worker in range(2)]
+
+    def loradock_status(self, worker: int) -> dict[str, Any]:
+        return self.worker
+
+    def loradock_stage(self, adapter_id: int, name: str, path: str, packed: str | None, worker: int) -> None:
+        self.stages += worker == 0
+        self.staged[adapter_id] = (path, packed)
+
+    def loradock_staged(self, adapter_ids: list[int], worker: int) -> list[tuple[str, str]]:
+        if self.dies:
+            self.errored = True
+            raise RuntimeError("EngineCore died")
+        return [self._look(adapter_id, worker) for adapter_id in adapter_ids]
+
+    def _look(self, adapter_id: int, worker: int) -> tuple[str, str]:
+        if "bad" in self.staged[adapter_id][0] and worker == 1:
+            return "failed", "rank 64 is over max_lora_rank 16"
+        return ("reading", "") if worker == 1 and adapter_id in self.slow else (self.state, "")
+
+    def loradock_unstage(self, adapter_id: int, worker: int) -> bool:
+        return self.staged.pop(adapter_id, None) is not None
+
+    def loradock_pin(self, adapter_id: int, worker: int) -> str:
+        if worker == 0:
+            if len(self.pinned) == self.vllm_config.lora_config.max_loras - 1:
+                return "full"
+            self.pinned.append(adapter_id)
+        return "pinned"
+
+    def loradock_unpin(self, adapter_id: int, worker: int) -> bool:
+        was_pinned = worker == 1 or adapter_id in self.pinned
+        self.pinned[:] = [number for number in self.pinned if number != adapter_id]
+        return was_pinned
 
 
 async def app_client(engine: FakeEngine, models: FakeModels) -> httpx.AsyncClient:
@@ -129,8 +150,65 @@ async def test_load_makes_the_name_served(client: httpx.AsyncClient, models: Fak
     assert models.lora_requests["a"].lora_path == path
 
 
+async def test_load_tells_the_workers_where_the_packed_form_is(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    path = adapter_at(tmp_path)
+
+    await client.post("/loradock/adapters/load", json={"name": "a", "path": path, "packed": "/packed/a"})
+
+    assert fake_engine.staged == {1: (path, "/packed/a")}
+    assert fake_engine.added == []  # nothing was activated
+
+
+async def test_load_waits_for_every_worker_and_not_for_other_adapters(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, models: FakeModels, tmp_path: Path
+) -> None:
+    fake_engine.slow = {1}
+    path = adapter_at(tmp_path)
+    slow = asyncio.create_task(client.post("/loradock/adapters/load", json={"name": "slow", "path": path}))
+    await until(lambda: 1 in fake_engine.staged, "the first load")
+
+    await client.post("/loradock/adapters/load", json={"name": "quick", "path": path})
+
+    assert list(models.lora_requests) == ["quick"]
+    fake_engine.slow = set()
+    assert (await slow).status_code == 200
+    assert list(models.lora_requests) == ["quick", "slow"]
+
+
+async def test_load_that_only_activation_can_prove_is_activated(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    fake_engine.state = "unproven"
+    unfit = adapter_at(tmp_path / "unfit")
+
+    good = await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path)})
+    refused = await client.post("/loradock/adapters/load", json={"name": "b", "path": unfit})
+
+    assert good.status_code == 200
+    assert fake_engine.added == [1]
+    assert refused.status_code == 422
+    assert "the experts do not fit" in refused.json()["error"]["message"]
+
+
+async def test_load_when_the_engine_dies_is_503_for_all_who_wait(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    fake_engine.state = "reading"
+    path = adapter_at(tmp_path)
+    loads = [
+        asyncio.create_task(client.post("/loradock/adapters/load", json={"name": name, "path": path})) for name in "ab"
+    ]
+    await until(lambda: len(fake_engine.staged) == 2, "both loads")
+
+    fake_engine.dies = True
+
+    assert [response.status_code for response in await asyncio.gather(*loads)] == [503, 503]
+
+
 async def test_load_of_the_same_twice_at_once_loads_once(
-    client: httpx.AsyncClient, models: FakeModels, tmp_path: Path
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
 ) -> None:
     body = {"name": "a", "path": adapter_at(tmp_path)}
 
@@ -138,7 +216,7 @@ async def test_load_of_the_same_twice_at_once_loads_once(
 
     assert {response.status_code for response in responses} == {200}
     assert sum(response.json()["created"] for response in responses) == 1
-    assert models.loads == 1
+    assert fake_engine.stages == 1
 
 
 async def test_load_of_a_loaded_name_from_elsewhere_conflicts(client: httpx.AsyncClient, tmp_path: Path) -> None:
@@ -158,21 +236,23 @@ async def test_load_under_the_bases_name_conflicts(client: httpx.AsyncClient, tm
 
 @pytest.mark.parametrize("path", ["org/adapter", "/nowhere/at/all"])
 async def test_load_of_what_is_no_adapter_directory_never_reaches_vllm(
-    client: httpx.AsyncClient, models: FakeModels, path: str
+    client: httpx.AsyncClient, fake_engine: FakeEngine, path: str
 ) -> None:
     response = await client.post("/loradock/adapters/load", json={"name": "a", "path": path})
 
     assert response.status_code == 400
-    assert models.loads == 0
+    assert fake_engine.stages == 0
 
 
-async def test_load_that_vllm_refuses_with_500_is_the_clients_error_with_its_reason(
-    client: httpx.AsyncClient, tmp_path: Path
+async def test_load_that_one_worker_refuses_is_the_clients_error_with_its_reason(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, models: FakeModels, tmp_path: Path
 ) -> None:
     response = await client.post("/loradock/adapters/load", json={"name": "a", "path": adapter_at(tmp_path / "bad")})
 
     assert response.status_code == 422
     assert "rank 64 is over max_lora_rank 16" in response.json()["error"]["message"]
+    assert fake_engine.staged == {}
+    assert models.lora_requests == {}
 
 
 async def test_unload_forgets_the_name_and_removes_the_weights(
@@ -184,6 +264,7 @@ async def test_unload_forgets_the_name_and_removes_the_weights(
 
     assert response.json() == {"name": "a", "freed": True}
     assert fake_engine.removed == [1]
+    assert fake_engine.staged == {}
     assert not models.lora_requests
 
 
@@ -209,7 +290,9 @@ async def test_status_names_what_lies_in_the_slots(client: httpx.AsyncClient, tm
     status = (await client.get("/loradock/status")).json()
 
     assert status["active"] == ["a", None, "unnamed:9"]
+    assert status["staged"] == ["unnamed:2"]
     assert status["registered"] == ["a"]
+    assert status["lora_dtype"] == "bfloat16"
     assert status["lora_wrapper"] == CORRECTED_WRAPPER
     assert status["corrected"] is True
     assert (status["max_loras"], status["max_num_seqs"], status["dtype"]) == (3, 64, "float32")
@@ -294,9 +377,9 @@ async def test_real_engine_unload_frees_the_weights(engine: VllmServer, world: W
         after = (await client.get("/loradock/status")).json()
         asked = await client.post("/v1/completions", json=completion)
     assert response.json()["freed"] is True
-    assert "leaving" in before["loaded"]
-    assert len(after["loaded"]) == len(before["loaded"]) - 1
-    assert not {"leaving"} & {*after["registered"], *after["active"], *after["loaded"]}
+    assert "leaving" in before["staged"]
+    assert len(after["staged"]) == len(before["staged"]) - 1
+    assert not {"leaving"} & {*after["registered"], *after["active"], *after["loaded"], *after["staged"]}
     assert asked.status_code == 404
 
 
