@@ -39,6 +39,7 @@ from loradock_serve.fleet import Fleet
 from loradock_serve.http_errors import add_handlers
 from loradock_serve.models_routes import models_router
 from loradock_serve.ops_routes import ops_router
+from loradock_serve.packing import PackedAdapters
 from loradock_serve.plan import make_plan
 from loradock_serve.proxy import OpenAIProxy
 from loradock_serve.publish import Publisher
@@ -93,7 +94,8 @@ def _join(
     socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))
     weights = StoredWeights(store, base.model, config.data_dir / "merged")
     engines = _Engines(config, machine, base, lora, socket_dir)
-    fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated)
+    packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
+    fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
     publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model))
     app = _application(config, store, registry, catalog, fleet, publisher, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice)

@@ -38,6 +38,9 @@ class EngineConfig(BaseModel):
     """Slots: adapters that can be in one batch. Minimum 1. Default: chosen from memory."""
     max_cpu_loras: Annotated[int, Field(ge=1)] | None = None
     """Adapters kept in host memory, slots included. Minimum `max_loras`. Default: four times the slots, at least 64."""
+    packed_adapters_gib: Annotated[float, Field(ge=0)] = 16.0
+    """GiB of disk below `data_dir/packed` for adapters rewritten in the form that engines read fastest; the least
+    recently used go first. 0 rewrites none. Default 16."""
     max_lora_rank: LoraRank | None = None
     """The largest rank a slot can take. Default: 64."""
     max_model_len: Annotated[int, Field(ge=1)] | None = None

@@ -22,7 +22,7 @@ from loradock_serve.engine import AttachedEngine, Engine, EngineStart
 from loradock_serve.engine_client import EngineClient
 from loradock_serve.engine_command import BASE_NAME
 from loradock_serve.errors import ConflictError, EngineRefusedError, EngineUnavailableError
-from loradock_serve.loader import AdapterLoader
+from loradock_serve.loader import AdapterLoader, Packs
 
 log = logging.getLogger("loradock.fleet")
 
@@ -75,9 +75,10 @@ class Fleet:
         weights: Weights,
         engine_config: EngineConfig,
         dedicated_config: DedicatedConfig,
+        packs: Packs | None = None,
     ) -> None:
         self.base = base
-        self.loader = AdapterLoader()
+        self.loader = AdapterLoader(packs)
         self._make_dedicated = make_dedicated
         self._weights = weights
         self._engine_config = engine_config
@@ -269,11 +270,14 @@ class Fleet:
 
     def _unload(self, digest: str) -> None:
         self._forgotten.discard(digest)
-        current = self.base.current
-        if current is not None:
-            task = asyncio.create_task(self.loader.unload(current, digest))
-            self._unloads.add(task)
-            task.add_done_callback(self._unloads.discard)
+        task = asyncio.create_task(self._let_go(digest))
+        self._unloads.add(task)
+        task.add_done_callback(self._unloads.discard)
+
+    async def _let_go(self, digest: str) -> None:
+        if self.base.current is not None:
+            await self.loader.unload(self.base.current, digest)
+        await self.loader.discard(digest)
 
     def _views(self) -> list[fleet_policy.EngineView]:
         return [

@@ -1,23 +1,36 @@
 """Which adapters an engine start has been told of, and telling it once.
 
 An engine forgets its adapters when it restarts, and a load runs inside its loop: so every (start, digest) is loaded
-exactly once, however many requests ask at the same moment. Knows nothing of names or versions.
+exactly once, however many requests ask at the same moment. Loads of different adapters go side by side. Knows nothing
+of names or versions.
 """
 
 import asyncio
 import contextlib
 import time
 from pathlib import Path
+from typing import Protocol
 
 from loradock_serve.engine import EngineStart
 from loradock_serve.errors import EngineError, EngineUnavailableError
 from loradock_serve.metrics import ADAPTER_LOAD_SECONDS
 
 
+class Packs(Protocol):
+    """Where adapters lie in the form that engines read fastest."""
+
+    async def directory_of(self, digest: str, source: Path, dtype: str) -> Path | None:
+        """A directory with the adapter in `source` for engines of this `lora_dtype`; None where there is none."""
+
+    async def discard(self, digest: str) -> None:
+        """Remove what is there of a version that is gone."""
+
+
 class AdapterLoader:
     """Loads adapters into one engine, once for each of its starts."""
 
-    def __init__(self) -> None:
+    def __init__(self, packs: Packs | None = None) -> None:
+        self._packs = packs
         self._start_number = 0
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._unloads: dict[str, asyncio.Task[None]] = {}
@@ -38,7 +51,7 @@ class AdapterLoader:
             raise EngineUnavailableError("The engine has been restarted since this request asked for it")
         task = self._loads.get(digest)
         if task is None or (task.done() and _failed(task)):
-            task = asyncio.create_task(_load(start, digest, directory, self._unloads.get(digest)))
+            task = asyncio.create_task(self._load(start, digest, directory, self._unloads.get(digest)))
             self._loads[digest] = task
         await asyncio.shield(task)
 
@@ -59,6 +72,27 @@ class AdapterLoader:
         task.add_done_callback(lambda done: self._unloads.pop(digest) if self._unloads.get(digest) is done else None)
         await asyncio.shield(task)
 
+    async def discard(self, digest: str) -> None:
+        """Remove the packed form of a version that is gone, which no engine needs."""
+        if self._packs is not None:
+            await self._packs.discard(digest)
+
+    async def _load(
+        self, start: EngineStart, digest: str, directory: Path, unloading: asyncio.Task[None] | None
+    ) -> None:
+        if unloading is not None:
+            await asyncio.wait([unloading])
+        began = time.monotonic()
+        await start.client.load_adapter(digest, str(directory), await self._packed(start, digest, directory))
+        ADAPTER_LOAD_SECONDS.observe(time.monotonic() - began)
+
+    async def _packed(self, start: EngineStart, digest: str, directory: Path) -> str | None:
+        dtype = start.status.limits.get("lora_dtype") if start.status is not None else None
+        if self._packs is None or not isinstance(dtype, str):
+            return None
+        packed = await self._packs.directory_of(digest, directory, dtype)
+        return None if packed is None else str(packed)
+
 
 def _failed(task: asyncio.Task[None]) -> bool:
     return task.cancelled() or task.exception() is not None
@@ -70,11 +104,3 @@ async def _unload(start: EngineStart, digest: str, loading: asyncio.Task[None]) 
         # An engine that is gone, or never had it, has nothing to forget.
         with contextlib.suppress(EngineError):
             await start.client.unload_adapter(digest)
-
-
-async def _load(start: EngineStart, digest: str, directory: Path, unloading: asyncio.Task[None] | None) -> None:
-    if unloading is not None:
-        await asyncio.wait([unloading])
-    began = time.monotonic()
-    await start.client.load_adapter(digest, str(directory))
-    ADAPTER_LOAD_SECONDS.observe(time.monotonic() - began)

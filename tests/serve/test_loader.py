@@ -2,12 +2,13 @@
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from loradock_serve.engine_client import EngineStatus
 from loradock_serve.errors import ConflictError, EngineRefusedError, EngineUnavailableError
-from loradock_testing.recorded_fleet import LOAD, LORA, STATUS, UNLOAD, World, settle
+from loradock_testing.recorded_fleet import LOAD, LORA, STATUS, UNLOAD, World, settle, version
 
 
 async def test_base_request_goes_to_the_base_by_its_own_name() -> None:
@@ -126,3 +127,54 @@ async def test_load_after_an_unload_reaches_the_engine_after_it() -> None:
     await again
     assert client.calls == [LOAD, UNLOAD, LOAD]
     assert world.fleet.loader.is_loaded(LORA.digest)
+
+
+class RecordedPacks:
+    """Packed forms that are where a test says."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.found: Path | None = Path("/packed")
+
+    async def directory_of(self, digest: str, source: Path, dtype: str) -> Path | None:
+        self.log.append(f"{source} as {dtype}")
+        return self.found
+
+    async def discard(self, digest: str) -> None:
+        self.log.append(f"discard {digest[:8]}")
+
+
+async def test_engine_is_told_where_the_packed_form_for_its_format_lies() -> None:
+    packs = RecordedPacks()
+    world = World(packs)
+    world.base.status = replace(STATUS, limits={"lora_dtype": "bfloat16"})
+    await world.use(LORA)
+    assert world.base.client.calls == [f"{LOAD} from /packed"]
+    await world.fleet.forget(LORA.digest)
+    await settle()
+    assert packs.log == ["/adapters/lora as bfloat16", f"discard {LORA.digest[:8]}"]
+
+
+@pytest.mark.parametrize("limits", [{}, {"lora_dtype": None}, {"lora_dtype": "bfloat16"}])
+async def test_adapter_without_a_packed_form_is_loaded_as_it_is(limits: dict[str, str | None]) -> None:
+    packs = RecordedPacks()
+    packs.found = None
+    world = World(packs)
+    world.base.status = replace(STATUS, limits=limits)
+    await world.use(LORA)
+    assert world.base.client.calls == [LOAD]
+    assert len(packs.log) == (limits.get("lora_dtype") is not None)
+
+
+async def test_load_that_takes_long_holds_up_no_other() -> None:
+    world = World()
+    client = world.base.client
+    client.may_go_on.clear()
+    slow = asyncio.create_task(world.use(LORA))
+    await settle()
+    other = version("other", "shared")
+    quick = asyncio.create_task(world.use(other))
+    await settle()
+    assert client.calls == [LOAD, f"load {other.digest[:8]}"]
+    client.may_go_on.set()
+    await asyncio.gather(slow, quick)

@@ -55,6 +55,7 @@ class FakeEngine:
             "corrected": os.environ.get("FAKE_ENGINE_CORRECTED", "1") == "1",
             "registered": list(self.adapters),
             "active": [],
+            "lora_dtype": "float32",
             "flags": self.flags,
         }
         return web.json_response(status)

@@ -13,6 +13,7 @@ from loradock_serve.engine import Engine, EnginePlan, EngineStart
 from loradock_serve.engine_client import EngineClient, EngineStatus
 from loradock_serve.errors import EngineStartError, EngineUnavailableError
 from loradock_serve.fleet import Fleet, Target
+from loradock_serve.loader import Packs
 from loradock_testing.engines import fake_command
 
 STATUS = EngineStatus("cpu", "x", True, (), {})
@@ -28,8 +29,8 @@ class RecordedClient(EngineClient):
         self.may_go_on.set()
         self.healthy = True
 
-    async def load_adapter(self, name: str, path: str) -> None:
-        self.calls.append(f"load {name[:8]}")
+    async def load_adapter(self, name: str, path: str, packed: str | None = None) -> None:
+        self.calls.append(f"load {name[:8]}" + (f" from {packed}" if packed else ""))
         await self.may_go_on.wait()
         if self.fails:
             raise self.fails.pop(0)
@@ -119,14 +120,14 @@ class Places:
 class World:
     """A fleet and everything that it touches."""
 
-    def __init__(self, **dedicated: Any) -> None:
+    def __init__(self, packs: Packs | None = None, **dedicated: Any) -> None:
         self.log: list[str] = []
         self.base = RecordedEngine("base", self.log)
         self.places = Places()
         self.engines: dict[str, RecordedEngine] = {}
         self.prepare: Callable[[RecordedEngine], None] = lambda _engine: None
         config = DedicatedConfig(**{"max_engines": 1, "start_timeout_s": 5.0} | dedicated)
-        self.fleet = Fleet(self.base, self.make, self.places, EngineConfig(hold_s=5.0), config)
+        self.fleet = Fleet(self.base, self.make, self.places, EngineConfig(hold_s=5.0), config, packs)
 
     def make(self, _digest: str, name: str, _directory: Path) -> Engine:
         engine = self.engines[name] = RecordedEngine(name, self.log)

@@ -17,6 +17,7 @@ class BareManager(LRUCacheLoRAModelManager):
         config: Any = SimpleNamespace(max_loras=slots, max_cpu_loras=cached)
         self.lora_config = config
         self.modules = {}
+        self.punica_wrapper_mapping = {}  # for slot_watch.py, which other tests hook into vLLM
         self.lora_index_to_id = [None] * slots
         self._registered_adapters = AdapterLRUCache(cached, self.deactivate_adapter)
         self._active_adapters = AdapterLRUCache(slots, self._deactivate_adapter)
