@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +40,15 @@ from loradock_serve.http_errors import add_handlers
 from loradock_serve.models_routes import models_router
 from loradock_serve.ops_routes import ops_router
 from loradock_serve.packing import PackedAdapters
+from loradock_serve.pins import Pins
 from loradock_serve.plan import make_plan
+from loradock_serve.plan_routes import plan_router
 from loradock_serve.proxy import OpenAIProxy
 from loradock_serve.publish import Publisher
+from loradock_serve.residency import Residency
 from loradock_serve.sizing import Advice, LoraSizing
 from loradock_serve.states import States
+from loradock_serve.traffic_record import TrafficRecord
 from loradock_serve.weights import StoredWeights
 
 log = logging.getLogger("loradock.gateway")
@@ -97,8 +101,35 @@ def _join(
     packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
     publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model))
-    app = _application(config, store, registry, catalog, fleet, publisher, socket_dir, lock)
+    care = _Care(
+        Residency(fleet, store.has_version),
+        Pins(registry, catalog, fleet, lambda: _slots(fleet, lora)),
+        TrafficRecord(fleet.ledger, registry),
+        lambda: make_plan(config, base, machine, registry),
+        advice,
+    )
+    app = _application(config, store, registry, catalog, fleet, publisher, care, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice)
+
+
+def _slots(fleet: Fleet, lora: LoraSizing | None) -> int | None:
+    """Slots of the base's engine: as it says itself, else as it is started with; None where neither is known."""
+    status = fleet.base.current.status if fleet.base.current is not None else None
+    told = status.limits.get("max_loras") if status is not None else None
+    if isinstance(told, int):
+        return told
+    return lora.max_loras if lora is not None and not isinstance(fleet.base, AttachedEngine) else None
+
+
+@dataclass(frozen=True)
+class _Care:
+    """What looks after adapters besides answering requests."""
+
+    residency: Residency
+    pins: Pins
+    traffic: TrafficRecord
+    plan: Callable[[], Advice | None]
+    running: Advice | None
 
 
 def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: EngineLimits) -> Fit:
@@ -201,16 +232,21 @@ def _application(
     catalog: Catalog,
     fleet: Fleet,
     publisher: Publisher,
+    care: _Care,
     socket_dir: Path,
     lock: GatewayLock | None,
 ) -> ASGIApp:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         fleet.start()
+        care.pins.start()
+        care.traffic.start()
         try:
             yield
         finally:
+            await care.pins.stop()
             await fleet.stop()
+            await care.traffic.stop()
             registry.close()
             with contextlib.suppress(OSError):
                 socket_dir.rmdir()
@@ -221,12 +257,12 @@ def _application(
     proxy = OpenAIProxy(catalog, fleet, max_body_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)
     for path in OPENAI_PATHS:  # the router sees what is no POST, and refuses it
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
-    states = States(fleet)
+    states = States(fleet, care.residency, care.pins)
     app.include_router(models_router(catalog, publisher, states))
-    app.include_router(
-        adapters_router(store, registry, catalog, publisher, states, max_upload_bytes=config.max_upload_bytes)
-    )
-    app.include_router(ops_router(fleet))
+    limit = config.max_upload_bytes
+    app.include_router(adapters_router(store, registry, catalog, publisher, states, care.pins, max_upload_bytes=limit))
+    app.include_router(plan_router(care.plan, care.running, care.traffic.write))
+    app.include_router(ops_router(fleet, registry, catalog, care.residency))
 
     add_handlers(app)
     return _OpenAIFirst(proxy, app)

@@ -63,6 +63,8 @@ class Catalog:
         self._misses: dict[str, list[str]] = {}
         self._generation = -1
         self._created = int(time.time())
+        self.on_change: Callable[[], None] = lambda: None
+        """Called whenever a name points elsewhere."""
 
     @property
     def base_names(self) -> tuple[str, ...]:
@@ -73,6 +75,7 @@ class Catalog:
         """A name points elsewhere now."""
         self._cache.clear()
         self._misses.clear()
+        self.on_change()
 
     def resolve(self, model: str) -> Resolved:
         """The version behind `model`; ModelNotFoundError with near names where there is none."""

@@ -110,6 +110,14 @@ class EngineClient:
         """Have the engine forget an adapter and free its weights."""
         await self._adapter_call("unload", {"name": name})
 
+    async def pin_adapter(self, name: str) -> None:
+        """Have the engine put a loaded adapter into a slot, and keep it there."""
+        await self._adapter_call("pin", {"name": name})
+
+    async def unpin_adapter(self, name: str) -> None:
+        """Have the engine let a pinned adapter leave its slot when another needs it."""
+        await self._adapter_call("unpin", {"name": name})
+
     async def _adapter_call(self, verb: str, body: Mapping[str, str]) -> None:
         path, sent = f"/loradock/adapters/{verb}", json.dumps(dict(body)).encode()
         try:

@@ -9,7 +9,8 @@ LoradockError
     ├── ForbiddenError            the key, or the way in, does not allow this
     ├── ModelNotFoundError        no such model; carries near names
     ├── ConflictError             the request contradicts what is stored, or how this server is set up
-    │   └── UnfitError            a version that was published for another base
+    │   ├── UnfitError            a version that was published for another base
+    │   └── PinLimitError         all slots but one are pinned already
     ├── LengthRequiredError       an upload that does not say how long it is
     ├── TooLargeError             a body is over its limit
     ├── StorageFullError          there is no room on the disk for what was sent
@@ -90,6 +91,19 @@ class UnfitError(ConflictError):
     def __init__(self, what: str, reason: Problem) -> None:
         super().__init__(f"{what} does not fit this server: {reason}; {reason.fix}")
         self.problems = (reason,)
+
+
+class PinLimitError(ConflictError):
+    """All slots but one are pinned already, and that one must stay free for everything else."""
+
+    code = "pin_limit"
+
+    def __init__(self, slots: int, pinned: Sequence[str]) -> None:
+        names = f" ({', '.join(pinned[:5])}{', …' if len(pinned) > 5 else ''})" if pinned else ""
+        super().__init__(
+            f"{len(pinned)} of this server's {slots} slots are pinned{names}, and {slots - 1} may be: one must stay "
+            "free for all others. Unpin one (`loradock unpin NAME`), or raise `engine.max_loras`"
+        )
 
 
 class LengthRequiredError(GatewayError):

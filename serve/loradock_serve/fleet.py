@@ -22,6 +22,7 @@ from loradock_serve.engine import AttachedEngine, Engine, EngineStart
 from loradock_serve.engine_client import EngineClient
 from loradock_serve.engine_command import BASE_NAME
 from loradock_serve.errors import ConflictError, EngineRefusedError, EngineUnavailableError
+from loradock_serve.ledger import Ledger
 from loradock_serve.loader import AdapterLoader, Packs
 
 log = logging.getLogger("loradock.fleet")
@@ -78,7 +79,8 @@ class Fleet:
         packs: Packs | None = None,
     ) -> None:
         self.base = base
-        self.loader = AdapterLoader(packs)
+        self.ledger = Ledger()
+        self.loader = AdapterLoader(packs, self.ledger.loaded)
         self._make_dedicated = make_dedicated
         self._weights = weights
         self._engine_config = engine_config
@@ -126,6 +128,8 @@ class Fleet:
         digest = version.digest
         self._shared_in_use[digest] += 1
         self._forgotten.discard(digest)
+        hit = self.loader.is_loaded(digest)
+        self.ledger.requested(digest, version.name, len(self._shared_in_use), hit=hit)
         try:
             start = await self._with_adapter(version, hold_s)
             yield Target(start.client, digest, self.base, start.number)
@@ -135,6 +139,10 @@ class Fleet:
                 del self._shared_in_use[digest]
                 if digest in self._forgotten:
                     self._unload(digest)
+
+    async def keep_loaded(self, version: Version, hold_s: float) -> EngineStart:
+        """The base's start, with a shared adapter loaded, for whoever wants it there without a request."""
+        return await self._with_adapter(version, hold_s)
 
     async def _with_adapter(self, version: Version, hold_s: float) -> EngineStart:
         """The base's start, with the adapter loaded; an engine that goes away meanwhile is waited for again."""

@@ -8,12 +8,12 @@ of names or versions.
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 from loradock_serve.engine import EngineStart
 from loradock_serve.errors import EngineError, EngineUnavailableError
-from loradock_serve.metrics import ADAPTER_LOAD_SECONDS
 
 
 class Packs(Protocol):
@@ -29,8 +29,12 @@ class Packs(Protocol):
 class AdapterLoader:
     """Loads adapters into one engine, once for each of its starts."""
 
-    def __init__(self, packs: Packs | None = None) -> None:
+    def __init__(
+        self, packs: Packs | None = None, on_load: Callable[[str, float], None] = lambda _digest, _seconds: None
+    ) -> None:
+        """`on_load` is told of each load that succeeded, and how many seconds it took."""
         self._packs = packs
+        self._on_load = on_load
         self._start_number = 0
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._unloads: dict[str, asyncio.Task[None]] = {}
@@ -84,7 +88,7 @@ class AdapterLoader:
             await asyncio.wait([unloading])
         began = time.monotonic()
         await start.client.load_adapter(digest, str(directory), await self._packed(start, digest, directory))
-        ADAPTER_LOAD_SECONDS.observe(time.monotonic() - began)
+        self._on_load(digest, time.monotonic() - began)
 
     async def _packed(self, start: EngineStart, digest: str, directory: Path) -> str | None:
         dtype = start.status.limits.get("lora_dtype") if start.status is not None else None

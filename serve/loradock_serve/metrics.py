@@ -3,6 +3,7 @@
 Knows nothing of HTTP or engines; whoever does the thing counts it.
 """
 
+from collections.abc import Mapping
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -28,10 +29,38 @@ IN_FLIGHT = Gauge("loradock_requests_in_flight", "Requests that are being answer
 TOKENS = Counter(
     "loradock_tokens_total", "Tokens by the engine's own figures.", ["model", "direction"], registry=REGISTRY
 )
+LOAD_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 ADAPTER_LOAD_SECONDS = Histogram(
     "loradock_adapter_load_seconds",
     "How long the engine took to load an adapter.",
-    buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30),
+    buckets=LOAD_BUCKETS_S,
+    registry=REGISTRY,
+)
+ADAPTER_REQUESTS = Counter(
+    "loradock_adapter_requests_total",
+    "Requests to adapters, by whether the engine had the adapter loaded when they came.",
+    ["model", "found"],
+    registry=REGISTRY,
+)
+ADAPTERS = Gauge(
+    "loradock_adapters", "Hot-swapped adapters (current versions), by where they are.", ["residency"], registry=REGISTRY
+)
+ADAPTER_SLOTS = Gauge(
+    "loradock_adapter_slots", "Slots of the base's engine, by what they hold.", ["state"], registry=REGISTRY
+)
+RESIDENCY_AGE = Gauge(
+    "loradock_residency_age_seconds", "How long ago the engine last said where adapters are.", registry=REGISTRY
+)
+ADAPTER_READS = Counter(
+    "loradock_adapter_reads_total", "Times an adapter's weights came into the engine's host memory.", registry=REGISTRY
+)
+ADAPTER_ACTIVATIONS = Counter(
+    "loradock_adapter_activations_total", "Times an adapter was written into a slot.", registry=REGISTRY
+)
+ADAPTER_EVICTIONS = Counter(
+    "loradock_adapter_evictions_total",
+    "Times an adapter had to make room for another, by where it was.",
+    ["place"],
     registry=REGISTRY,
 )
 UPLOADED_BYTES = Counter("loradock_uploaded_bytes_total", "Bytes stored from uploads.", registry=REGISTRY)
@@ -67,6 +96,23 @@ def count_request(route: str, status: int, seconds: float) -> None:
     histogram.observe(seconds)
 
 
+def count_adapter_request(name: str, *, hit: bool) -> None:
+    """Count one request to an adapter."""
+    _adapter_requests(model_label(name), "loaded" if hit else "absent").inc()
+
+
+def count_engine(before: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Add what an engine counted between two looks at it; `before` is empty at the first look after its start."""
+    counters = {
+        "reads": ADAPTER_READS,
+        "activations": ADAPTER_ACTIVATIONS,
+        "slot_evictions": ADAPTER_EVICTIONS.labels("slot"),
+        "cpu_evictions": ADAPTER_EVICTIONS.labels("cpu"),
+    }
+    for name, counter in counters.items():
+        counter.inc(max(0, now.get(name, 0) - before.get(name, 0)))
+
+
 # Looking a time series up by its labels costs more than counting on it. Labels are bounded, and so are these.
 
 
@@ -78,3 +124,8 @@ def _tokens(label: str) -> tuple[Counter, Counter]:
 @cache
 def _requests(route: str, status: int) -> tuple[Counter, Histogram]:
     return REQUESTS.labels(route, status), REQUEST_SECONDS.labels(route)
+
+
+@cache
+def _adapter_requests(label: str, found: str) -> Counter:
+    return ADAPTER_REQUESTS.labels(label, found)

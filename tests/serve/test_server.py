@@ -126,7 +126,7 @@ async def test_announcement_says_what_is_served_to_whom_and_never_the_key(tmp_pa
         await until(lambda: "its log is" in running.log, "the whole announcement")
         assert "(with an admin key)" in running.log
         assert "base tiny-base or base from " in running.log
-        assert re.search(r"\d+ adapter slots of rank \d+", running.log)
+        assert re.search(r"\d+ adapter slots \(.+\) of rank 64 \(.+\): .* MiB each", running.log)
         assert "s3cret" not in running.log
         async with httpx.AsyncClient(base_url=running.url) as client:
             assert (await client.get("/v1/models")).status_code == 401

@@ -23,6 +23,11 @@ class FakeEngine:
         self.flags = flags
         self.base = flags["served_model_name"]
         self.adapters: dict[str, str] = {}
+        self.pinned: list[str] = []
+        self.in_slots: list[str] = []
+        """The least recently used first, as long as there are slots (`--max-loras`)."""
+        self.counts = {"reads": 0, "activations": 0, "slot_evictions": 0, "cpu_evictions": 0}
+        self.statuses = 0
         self.requests: list[dict[str, Any]] = []
         self.aborted = 0
         self.healthy = True
@@ -35,6 +40,8 @@ class FakeEngine:
                 web.get("/loradock/status", self.status),
                 web.post("/loradock/adapters/load", self.load),
                 web.post("/loradock/adapters/unload", self.unload),
+                web.post("/loradock/adapters/pin", self.pin),
+                web.post("/loradock/adapters/unpin", self.unpin),
                 web.post("/v1/completions", self.complete),
                 web.post("/v1/chat/completions", self.complete),
                 web.post("/v1/responses", self.complete),
@@ -48,13 +55,19 @@ class FakeEngine:
         return web.Response(status=200 if self.healthy else 503)
 
     async def status(self, _request: web.Request) -> web.Response:
-        status = {
+        self.statuses += 1
+        slots = int(self.flags.get("max_loras", "0"))
+        status: dict[str, Any] = {
             "vllm_version": "fake",
             "device": "cpu",
             "lora_wrapper": "loradock_testing.fake_engine.FakeEngine",
             "corrected": os.environ.get("FAKE_ENGINE_CORRECTED", "1") == "1",
             "registered": list(self.adapters),
-            "active": [],
+            "active": (self.in_slots + [None] * slots)[:slots],
+            "loaded": sorted(self.adapters),
+            "pinned": self.pinned,
+            "counts": self.counts,
+            "adapters": {name: {"activations": 1} for name in self.in_slots},
             "lora_dtype": "float32",
             "flags": self.flags,
         }
@@ -70,11 +83,48 @@ class FakeEngine:
         return web.json_response({})
 
     async def unload(self, request: web.Request) -> web.Response:
-        self.adapters.pop((await request.json())["name"], None)
+        name = (await request.json())["name"]
+        self.adapters.pop(name, None)
+        for names in (self.pinned, self.in_slots):
+            if name in names:
+                names.remove(name)
         return web.json_response({})
 
+    async def pin(self, request: web.Request) -> web.Response:
+        name = (await request.json())["name"]
+        if name not in self.adapters:
+            return web.json_response({"error": {"message": f"no adapter {name!r} is loaded"}}, status=404)
+        self._use_slot(name)
+        self.pinned.append(name)
+        return web.json_response({"name": name, "pinned": True})
+
+    async def unpin(self, request: web.Request) -> web.Response:
+        name = (await request.json())["name"]
+        if name not in self.pinned:
+            return web.json_response({"error": {"message": f"no adapter {name!r} is loaded"}}, status=404)
+        self.pinned.remove(name)
+        return web.json_response({"name": name, "pinned": False, "was_pinned": True})
+
+    def _use_slot(self, name: str) -> None:
+        if name in self.in_slots:
+            self.in_slots.remove(name)
+        else:
+            self.counts["activations"] += 1
+        self.in_slots.append(name)
+        if len(self.in_slots) > int(self.flags.get("max_loras", "0")):
+            self.in_slots.remove(next(one for one in self.in_slots if one not in self.pinned))
+            self.counts["slot_evictions"] += 1
+
     async def seen(self, _request: web.Request) -> web.Response:
-        return web.json_response({"requests": self.requests, "aborted": self.aborted, "adapters": self.adapters})
+        return web.json_response(
+            {
+                "requests": self.requests,
+                "aborted": self.aborted,
+                "adapters": self.adapters,
+                "pinned": self.pinned,
+                "statuses": self.statuses,
+            }
+        )
 
     async def no_route(self, _request: web.Request) -> web.Response:
         return _json({"error": {"message": "Not Found", "type": "Not Found", "param": None, "code": 404}}, 404)
@@ -86,6 +136,8 @@ class FakeEngine:
         if model != self.base and model not in self.adapters:
             error = {"message": f"The model `{model}` does not exist.", "type": "NotFoundError", "param": "model"}
             return web.json_response({"error": error | {"code": 404}}, status=404)
+        if model != self.base:
+            self._use_slot(model)
         prompt = _prompt(body)
         if prompt.startswith("!") and (answer := await self._misbehave(prompt, request)) is not None:
             return answer

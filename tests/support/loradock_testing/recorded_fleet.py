@@ -39,6 +39,15 @@ class RecordedClient(EngineClient):
         self.calls.append(f"unload {name[:8]}")
         await self.may_go_on.wait()
 
+    async def pin_adapter(self, name: str) -> None:
+        self.calls.append(f"pin {name[:8]}")
+        await self.may_go_on.wait()
+        if self.fails:
+            raise self.fails.pop(0)
+
+    async def unpin_adapter(self, name: str) -> None:
+        self.calls.append(f"unpin {name[:8]}")
+
     async def is_healthy(self) -> bool:
         return self.healthy
 
