@@ -1,4 +1,4 @@
-"""The client of a Loradock server: publish, list, show, roll back, remove.
+"""The client of a Loradock server: publish, list, show, roll back, pin, remove.
 
 Publishing hashes the files, asks which contents the server lacks, sends only those, and then the list of files. Every
 request may be repeated: contents are known by their hash, and the same bytes again make no new version. Needs httpx and
@@ -106,6 +106,16 @@ class Client:
 
     def rollback(self, name: str, version: int) -> dict[str, Any]:
         return self._json("POST", f"/v1/adapters/{check_name(name)}/rollback", json={"version": version})
+
+    def pin(self, name: str) -> dict[str, Any]:
+        return self._json("POST", f"/v1/adapters/{check_name(name)}/pin")
+
+    def unpin(self, name: str) -> dict[str, Any]:
+        return self._json("DELETE", f"/v1/adapters/{check_name(name)}/pin")
+
+    def plan(self) -> dict[str, Any]:
+        """What the server would choose for itself at its next start, and what runs now."""
+        return self._json("GET", "/v1/plan")
 
     def _missing(self, manifest: Manifest) -> list[str]:
         """The contents that the server lacks."""

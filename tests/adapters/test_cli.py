@@ -66,7 +66,7 @@ def test_help_answers_in_half_a_second() -> None:
         ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         times_s.append(time.perf_counter() - started_s)
     assert min(times_s) < 0.5
-    for command_name in ("push", "ls", "show", "rm", "rollback", "inspect", "train", "serve"):
+    for command_name in ("push", "ls", "show", "rm", "rollback", "pin", "unpin", "inspect", "train", "serve", "plan"):
         assert f" {command_name} " in ran.stdout
 
 
@@ -143,6 +143,60 @@ def test_push_that_the_server_refuses_prints_every_problem_once(
     assert lines == ["error: refused, 2 problems", "- alora: not served", "- rank: no number", "    say one"]
 
 
+RESIDENCY = {
+    "place": "slot",
+    "pin": {"state": "held", "waits_for": None},
+    "hits": 41,
+    "misses": 1,
+    "last_used_at": "2026-01-02T03:04:05.678+00:00",
+    "loads": 2,
+    "last_load_seconds": 0.2512,
+    "activations": 3,
+    "slot_evictions": 2,
+    "cpu_evictions": 1,
+}
+
+
+def test_show_says_where_the_adapter_is_and_how_it_got_there(
+    server: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(["push", str(write_adapter(tmp_path)), "sql"])
+    capsys.readouterr()
+    server.residency = RESIDENCY
+    assert run(["show", "sql"]) == 0
+    shown = capsys.readouterr().out
+    for line in (
+        "residency:       in a slot of the engine; pinned",
+        "last used:       2026-01-02 03:04:05",
+        "requests:        41 found it loaded, 1 waited for its load",
+        "loads:           2, the last in 0.251 s; evicted from host memory 1 times",
+        "slots:           written 3 times, evicted 2 times",
+    ):
+        assert line in shown
+    pin = {"state": "waiting", "waits_for": "the engine is starting"}
+    server.residency = RESIDENCY | {"place": "disk", "pin": pin, "last_used_at": None}
+    run(["show", "sql"])
+    shown = capsys.readouterr().out
+    assert "on the server's disk; pinned, but waits: the engine is starting\n" in shown
+    assert "not since the server started" in shown
+
+
+def test_pin_and_unpin_say_what_became_of_it(server: State, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(["push", str(write_adapter(tmp_path)), "sql"])
+    capsys.readouterr()
+    server.residency = RESIDENCY | {"pin": {"state": "waiting", "waits_for": "requests use all slots"}}
+    assert run(["pin", "sql"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"sql@1  pinned  {server.versions['sql'][0]}\n"
+    assert captured.err == "not in its slot yet: requests use all slots\n"
+    run(["ls"])
+    assert "slot*" in capsys.readouterr().out
+    assert [run(["unpin", "sql"]), run(["unpin", "sql"])] == [0, 0]
+    assert capsys.readouterr().err == "unpinned sql\nsql was not pinned\n"
+    assert run(["pin", "sql", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pinned"] is True
+
+
 def test_push_bad_name_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["push", str(write_adapter(tmp_path)), "base"]) == 2
     assert "reserved" in capsys.readouterr().err
@@ -154,7 +208,7 @@ def test_ls_show_rollback_and_rm(server: State, tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert run(["ls"]) == 0
     header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["NAME", "VERSION", "KIND", "PLACEMENT", "STATE", "SIZE", "CREATED"]
+    assert header.split() == ["NAME", "VERSION", "KIND", "PLACEMENT", "STATE", "WHERE", "SIZE", "CREATED"]
     assert row.split() == ["sql", "2", "lora", "shared", "ready", "1.2", "kB", "2026-01-02", "03:04:05"]
     assert run(["ls", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["current_version"] == 2

@@ -1,5 +1,7 @@
 """`loradock ls`: lists the published models."""
 
+from typing import Any
+
 from loradock_adapters.commands.options import DEFAULT_SERVER, ApiKey, Json, Server
 
 
@@ -20,9 +22,16 @@ def ls(server: Server = DEFAULT_SERVER, api_key: ApiKey = None, json: Json = Fal
             model.get("kind", ""),
             model.get("placement", ""),
             model.get("state", ""),
+            _where(model),
             console.size(model["size_bytes"]) if isinstance(model.get("size_bytes"), int) else "",
             console.when(model.get("created_at")),
         ]
         for model in models
     ]
-    console.out_table(["NAME", "VERSION", "KIND", "PLACEMENT", "STATE", "SIZE", "CREATED"], rows)
+    console.out_table(["NAME", "VERSION", "KIND", "PLACEMENT", "STATE", "WHERE", "SIZE", "CREATED"], rows)
+
+
+def _where(model: dict[str, Any]) -> str:
+    """Where a hot-swapped model's adapter is; an asterisk where it is pinned."""
+    place = model.get("residency")
+    return f"{place}{'*' if model.get('pinned') else ''}" if isinstance(place, str) else ""

@@ -1,4 +1,4 @@
-"""`loradock show NAME`: one model with its versions and the reasons for its placement."""
+"""`loradock show NAME`: one model with its versions, the reasons for its placement, and where it is now."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from loradock_adapters.commands.options import DEFAULT_SERVER, ApiKey, Json, Nam
 
 
 def show(name: Name, server: Server = DEFAULT_SERVER, api_key: ApiKey = None, json: Json = False) -> None:
-    """Show a model: its versions, and why it is placed where it is."""
+    """Show a model: its versions, why it is placed where it is, and where its adapter is now."""
     from loradock_adapters import console
     from loradock_adapters.client import Client
 
@@ -25,6 +25,8 @@ def _print(model: dict[str, Any]) -> None:
     for key in ("name", "current_version", "digest", "kind", "placement", "rank", "state"):
         if model.get(key) is not None:
             console.out(f"{key + ':':<17}{model[key]}")
+    for line in _residency(model.get("residency")):
+        console.out(line)
     reasons = model.get("reasons")
     for line in console.problem_lines(Problem.from_json(r) for r in (reasons if isinstance(reasons, list) else [])):
         console.out(line)
@@ -40,3 +42,38 @@ def _print(model: dict[str, Any]) -> None:
         created = console.when(version.get("created_at"))
         rows.append([f"{number}{mark}", version.get("placement", ""), size, created, version.get("digest", "")])
     console.out_table(["VERSION", "PLACEMENT", "SIZE", "CREATED", "DIGEST"], rows)
+
+
+_PLACES = {
+    "slot": "in a slot of the engine",
+    "cpu": "in the engine's host memory",
+    "disk": "on the server's disk",
+    "remote": "not on this server's disk",
+}
+
+
+def _residency(residency: object) -> list[str]:
+    """Where an adapter is and how it got there; nothing from a server that does not say."""
+    from loradock_adapters import console
+
+    if not isinstance(residency, dict):
+        return []
+    place, pin = residency.get("place"), residency.get("pin")
+    where = _PLACES.get(str(place), str(place))
+    if isinstance(pin, dict):
+        waits_for = pin.get("waits_for") or "it is on its way"
+        where += "; pinned" if pin.get("state") == "held" else f"; pinned, but waits: {waits_for}"
+    facts = {
+        "residency": where,
+        "last used": console.when(residency.get("last_used_at")) or "not since the server started",
+        "requests": f"{residency.get('hits')} found it loaded, {residency.get('misses')} waited for its load",
+        "loads": _loads(residency),
+        "slots": f"written {residency.get('activations')} times, evicted {residency.get('slot_evictions')} times",
+    }
+    return [f"{key + ':':<17}{value}" for key, value in facts.items()]
+
+
+def _loads(residency: dict[str, Any]) -> str:
+    last_s, evictions = residency.get("last_load_seconds"), residency.get("cpu_evictions")
+    last = f", the last in {last_s:.3f} s" if isinstance(last_s, int | float) else ""
+    return f"{residency.get('loads')}{last}; evicted from host memory {evictions} times"

@@ -30,6 +30,10 @@ class State:
     """Method and path of each request, as it came."""
     drop: dict[str, int] = field(default_factory=dict)
     """Method -> how many more of its requests are cut off without an answer."""
+    pinned: set[str] = field(default_factory=set)
+    residency: dict[str, Any] | None = None
+    """What every model shows of where it is."""
+    plan: dict[str, Any] | None = None
     answer: tuple[int, Any] | None = None
     """Stands in for the answer to every POST."""
     forget_blobs_once: bool = False
@@ -83,15 +87,22 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/v1/adapters":
             self._send(200, {"object": "list", "data": [self._row(name) for name in self.shared.versions]})
+        elif self.path == "/v1/plan":
+            self._send(200, self.shared.plan)
         elif self._last in self.shared.versions:
-            self._send(200, self._row(self._last) | {"rank": 4, "reasons": [], "versions": self._history(self._last)})
+            whole = {"rank": 4, "reasons": [], "versions": self._history(self._last)}
+            self._send(200, self._row(self._last) | whole | {"residency": self.shared.residency})
         else:
             self._error(404, "model_not_found")
 
     def do_DELETE(self) -> None:
         if not self._received():
             return
-        if self.shared.versions.pop(self._last, None) is None:
+        if self._last == "pin":
+            name = self.path.split("/")[3]
+            self._send(200, {"name": name, "pinned": False, "was_pinned": name in self.shared.pinned})
+            self.shared.pinned.discard(name)
+        elif self.shared.versions.pop(self._last, None) is None:
             self._error(404, "model_not_found")
         else:
             self._send(200, {"name": self._last, "deleted": True})
@@ -102,8 +113,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.shared.answer is not None:
             self._send(*self.shared.answer)
             return
-        document = json.loads(self._body)
         name = self.path.split("/")[3]
+        document = json.loads(self._body) if self._last != "pin" else {}
+        if self._last == "pin":
+            self.shared.pinned.add(name)
+            self._send(200, self._row(name) | {"pinned": True, "residency": self.shared.residency})
+            return
         if self._last == "rollback":
             self.shared.current[name] = document["version"]
             self._send(200, self._row(name))
@@ -138,6 +153,8 @@ class _Handler(BaseHTTPRequestHandler):
             "size_bytes": 1234,
             "created_at": "2026-01-02T03:04:05+00:00",
             "state": "ready",
+            "residency": (self.shared.residency or {}).get("place"),
+            "pinned": name in self.shared.pinned,
         }
 
     def _history(self, name: str) -> list[dict[str, Any]]:

@@ -1,0 +1,86 @@
+"""`loradock plan [CONFIG.yaml]`: what a server would choose for itself, why, and what it costs in memory."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loradock_adapters.commands.options import ApiKey, Json
+
+
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(help="The YAML file of `loradock serve`; flags go over it.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model: a Hub id, a checkpoint directory, or a run of `loradock train`.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="The server's data directory (default ~/.local/share/loradock).")
+    ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Ask a running server instead of looking at files here.", metavar="URL")
+    ] = None,
+    api_key: ApiKey = None,
+    json: Json = False,
+) -> None:
+    """Say how many adapter slots, of which rank, and how many cached adapters a server needs, and what they cost."""
+    from loradock_adapters import console
+    from loradock_adapters.errors import UsageError
+
+    if server is not None and (config is not None or base is not None or data_dir is not None):
+        raise UsageError("--server asks a running server: leave the file, --base and --data-dir out")
+    document = _asked(server, api_key) if server is not None else _here(config, {"base": base, "data_dir": data_dir})
+    if json:
+        console.out_json(document)
+    elif document["plan"] is None:
+        console.out("vLLM puts no adapters on this base: every model gets an engine of its own")
+    else:
+        _print(document["plan"], document["running"])
+
+
+def _asked(server: str, api_key: str | None) -> dict[str, Any]:
+    from loradock_adapters.client import Client
+
+    with Client(server, api_key) as client:
+        return client.plan()
+
+
+def _here(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """From the files of this machine; nothing is started, and no directory is made."""
+    import logging
+
+    from loradock_adapters.registry import Registry
+    from loradock_serve.base import find_base
+    from loradock_serve.config import load_config
+    from loradock_serve.engine_command import this_machine
+    from loradock_serve.plan import make_plan, plan_json
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    settings = load_config(config, flags)
+    base = find_base(settings.base, settings.engine.vllm_arguments.get("revision"))
+    path = settings.data_dir / "registry.sqlite"
+    registry = Registry(f"sqlite:///{path}") if path.is_file() else None
+    try:
+        advice = make_plan(settings, base, this_machine(), registry)
+    finally:
+        if registry is not None:
+            registry.close()
+    return {"plan": plan_json(advice) if advice is not None else None, "running": None}
+
+
+def _print(plan: dict[str, Any], running: dict[str, Any] | None) -> None:
+    from loradock_adapters import console
+
+    costs = {
+        "max_loras": f"{console.size(plan['slot_bytes'])} a slot, {console.size(plan['slots_bytes'])} in all",
+        "max_cpu_loras": f"about {console.size(plan['cache_bytes'])} of host memory",
+        "max_lora_rank": "",
+    }
+    rows = [
+        [f"engine.{key}", plan[key], *([running[key]] if running is not None else []), cost, plan["reasons"][key]]
+        for key, cost in costs.items()
+    ]
+    console.out_table(["SETTING", "VALUE", *(["NOW"] if running is not None else []), "COST", "WHY"], rows)
+    for note in plan["notes"]:
+        console.note(f"- {note}")
