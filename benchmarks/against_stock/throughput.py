@@ -39,7 +39,7 @@ def wide_scenario(options: Options, place: Path) -> dict[str, Any]:
     base = make_base(place / "base", WIDE)
     chosen = [k for k in options.adapters if k in bars.WIDE] or list(bars.WIDE)
     adapters = make_adapters(place / "adapters", WIDE, [f"adapter-{n}" for n in range(1, max(chosen) + 1)])
-    cells = [(k, 128, bars.WIDE[k]) for k in chosen]
+    cells = [(k, IN_FLIGHT * (2 if k == 0 else 1), bars.WIDE[k]) for k in chosen]  # stock needs a minute or two for 64
     blocks = [_block(options, place, WIDE, base, adapters, WIDE_SLOTS, cells)]
     return {"scenario": "wide", "shape": WIDE.name, "in_flight": IN_FLIGHT, "max_tokens": MAX_TOKENS, "blocks": blocks}
 
