@@ -9,11 +9,12 @@ import uvloop
 from against_stock.errors import BenchmarkError
 from against_stock.figures import OURS, STOCK, Round, agreement, compared, order_of
 from against_stock.options import IN_FLIGHT, progress
-from against_stock.servers import BASE, LoradockServer, Server, StockServer
+from against_stock.servers import BASE, Server
 from against_stock.traffic import Answer, as_round, ask_all
 from against_stock.workload import Call, shuffled
 
-Sides = tuple[StockServer, LoradockServer]
+Sides = tuple[Server, Server]
+"""Stock first, as in `figures.SIDES`."""
 MUST_MATCH = (
     *("max_loras", "max_cpu_loras", "max_lora_rank", "lora_dtype", "dtype", "max_model_len", "max_num_seqs"),
     *("max_num_batched_tokens", "enforce_eager", "prefix_cache", "block_size", "threads"),
@@ -47,11 +48,11 @@ def require_alike(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def ask_side(side: Server, calls: Sequence[Call], in_flight: int) -> tuple[list[Answer], float]:
-    """Every request to one side; a failure tells the end of its log."""
+    """Every request to one side; a failure names it."""
     try:
         return uvloop.run(ask_all(side.url, calls, in_flight))
     except BenchmarkError as error:
-        raise BenchmarkError(f"{side.label}: {error}\n{side.logs()}") from error
+        raise BenchmarkError(f"{side.label}: {error}") from error
 
 
 def warm_up(sides: Sides, models: Sequence[str], in_flight: int = IN_FLIGHT) -> None:

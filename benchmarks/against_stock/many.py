@@ -22,6 +22,7 @@ from against_stock.workload import Call, shuffled, zipf
 ADAPTERS, FEW = 1000, 8
 SLOTS, CPU_ADAPTERS = 64, 256
 REQUESTS = 256
+CASES = ("few", "zipf")
 
 
 def zipf_scenario(options: Options, place: Path) -> dict[str, Any]:
@@ -41,22 +42,34 @@ def zipf_scenario(options: Options, place: Path) -> dict[str, Any]:
             calls_s = side.register(adapters)
             result[name] = {"registering": _registering(calls_s)}
             progress(f"  {name} knows {count} adapters after {sum(calls_s):.1f} s")
-        taken = _rounds(options, sides, list(adapters))
+        figures = compare(sides, list(adapters), options.requests(REQUESTS), options.rounds)
     for name in SIDES:
-        result[name] |= {case: _summary(taken[name][case]) for case in ("few", "zipf")}
+        result[name] |= figures.pop(name)
+    return result | figures
+
+
+def compare(sides: Sides, names: Sequence[str], requests: int, rounds: int) -> dict[str, Any]:
+    """Both sides' figures for the first few adapters and for all, once all are known to both."""
+    taken = _rounds(sides, names, requests, rounds)
+    result: dict[str, Any] = {"bar_kept": ZIPF_KEPT}
+    for name in SIDES:
+        result[name] = {case: _summary(taken[name][case]) for case in CASES}
         result[name]["kept"] = round(result[name]["zipf"]["tokens_per_s"] / result[name]["few"]["tokens_per_s"], 3)
-    few, many = (result[OURS][case]["tokens_per_s"] / result[STOCK][case]["tokens_per_s"] for case in ("few", "zipf"))
-    return result | {"bar_kept": ZIPF_KEPT, "ratio_few": round(few, 3), "ratio_zipf": round(many, 3)}
+    for case in CASES:
+        ratio = result[OURS][case]["tokens_per_s"] / result[STOCK][case]["tokens_per_s"]
+        result[f"ratio_{case}"] = round(ratio, 3)
+    return result
 
 
-def _rounds(options: Options, sides: Sides, names: Sequence[str]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def _rounds(
+    sides: Sides, names: Sequence[str], requests: int, rounds: int
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """What each side's rounds took, by case."""
-    requests = options.requests(REQUESTS)
-    taken: dict[str, dict[str, list[dict[str, Any]]]] = {name: {"few": [], "zipf": []} for name in SIDES}
+    taken: dict[str, dict[str, list[dict[str, Any]]]] = {name: {case: [] for case in CASES} for name in SIDES}
     warm_up(sides, names[:FEW])
     for side in sides:  # caches as traffic of this kind leaves them, not as the last thousand loads did
         uvloop.run(stream_all(side.url, zipf(names, requests, 8, seed=99), IN_FLIGHT))
-    for number in range(options.rounds):
+    for number in range(rounds):
         few = shuffled(names[:FEW], requests, MAX_TOKENS, seed=number + 1)
         for case, calls in (("few", few), ("zipf", zipf(names, requests, MAX_TOKENS, seed=number + 1))):
             for name in order_of(number):

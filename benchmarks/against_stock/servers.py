@@ -319,7 +319,10 @@ def both(stock: Setup, ours: Setup, directory: Path) -> Iterator[tuple[StockServ
             side.start()
         for side in sides:
             side.wait_until_ready()
-        yield sides
+        try:
+            yield sides
+        except BenchmarkError as error:
+            raise BenchmarkError("\n".join([str(error), *(side.logs() for side in sides)])) from error
         for side in sides:
             side.check_alive()
     finally:
