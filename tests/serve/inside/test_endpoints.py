@@ -13,9 +13,13 @@ import pytest
 from fastapi import FastAPI
 from vllm.utils.counter import AtomicCounter
 
+from loradock_adapters.engine_rules import architecture_rules
+from loradock_serve import sizing
+from loradock_serve.base import find_base
 from loradock_serve.inside.endpoints import LoradockEndpoints
 from loradock_serve.inside.plugin import CORRECTED_WRAPPER, STOCK_WRAPPER
-from loradock_testing.isolation import BASE, SLOTS, World
+from loradock_serve.plan import adapter_shapes
+from loradock_testing.isolation import BASE, MAX_LORA_RANK, SLOTS, World
 from loradock_testing.tiny_models import make_adapter
 from loradock_testing.vllm_server import VllmServer
 from loradock_testing.waiting import until
@@ -362,6 +366,17 @@ async def test_real_engine_reports_the_corrected_wrapper(engine: VllmServer) -> 
     assert status["lora_wrapper"] == CORRECTED_WRAPPER
     assert status["corrected"] is True
     assert (status["device"], status["max_loras"], len(status["active"])) == ("cpu", SLOTS, SLOTS)
+
+
+@pytest.mark.engine
+async def test_real_engine_allocates_what_the_plan_says_a_slot_costs(engine: VllmServer, world: World) -> None:
+    base = find_base(str(world.base_dir))
+    rules = [rule for name in base.facts.architectures if (rule := architecture_rules(name)) is not None]
+    expected = sizing.slot_bytes(adapter_shapes(base, rules), MAX_LORA_RANK, bytes_per_value=4)
+    async with engine.client() as client:
+        status = (await client.get("/loradock/status")).json()
+
+    assert status["slot_bytes"] == expected
 
 
 @pytest.mark.engine
