@@ -49,6 +49,7 @@ from loradock_serve.residency import Residency
 from loradock_serve.sizing import Advice, LoraSizing
 from loradock_serve.states import States
 from loradock_serve.traffic_record import TrafficRecord
+from loradock_serve.turnstile import Turnstiles
 from loradock_serve.weights import StoredWeights
 
 log = logging.getLogger("loradock.gateway")
@@ -101,12 +102,14 @@ def _join(
     packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
     publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model))
+    turnstiles = Turnstiles(config.admission)
     care = _Care(
         Residency(fleet, store.has_version),
-        Pins(registry, catalog, fleet, lambda: _slots(fleet, lora)),
+        Pins(registry, catalog, fleet, lambda: _slots(fleet, lora), turnstiles.of(fleet.base)),
         TrafficRecord(fleet.ledger, registry),
         lambda: make_plan(config, base, machine, registry),
         advice,
+        turnstiles,
     )
     app = _application(config, store, registry, catalog, fleet, publisher, care, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice)
@@ -130,6 +133,7 @@ class _Care:
     traffic: TrafficRecord
     plan: Callable[[], Advice | None]
     running: Advice | None
+    turnstiles: Turnstiles
 
 
 def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: EngineLimits) -> Fit:
@@ -254,7 +258,9 @@ def _application(
                 lock.release()
 
     app = FastAPI(title="Loradock", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    proxy = OpenAIProxy(catalog, fleet, max_body_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s)
+    proxy = OpenAIProxy(
+        catalog, fleet, care.turnstiles, max_body_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s
+    )
     for path in OPENAI_PATHS:  # the router sees what is no POST, and refuses it
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
     states = States(fleet, care.residency, care.pins)
@@ -262,7 +268,7 @@ def _application(
     limit = config.max_upload_bytes
     app.include_router(adapters_router(store, registry, catalog, publisher, states, care.pins, max_upload_bytes=limit))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))
-    app.include_router(ops_router(fleet, registry, catalog, care.residency))
+    app.include_router(ops_router(fleet, registry, catalog, care.residency, care.turnstiles))
 
     add_handlers(app)
     return _OpenAIFirst(proxy, app)

@@ -102,6 +102,25 @@ class DedicatedConfig(BaseModel):
         return self
 
 
+class AdmissionConfig(BaseModel):
+    """Who goes next where more is asked than the engines can run at once (`admission.py`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_wait_s: Annotated[float, Field(gt=0)] = 10.0
+    """Seconds after which a waiting request comes before newer ones, whatever their priority, and a slot is drained for
+    its adapter. Default 10."""
+    max_queue: Annotated[int, Field(ge=1)] = 4096
+    """Requests that may wait for one engine; more are answered 429. Minimum 1. Default 4096."""
+    max_queue_per_tenant: Annotated[int, Field(ge=1)] = 1024
+    """Requests of one tenant that may wait for one engine; more are answered 429. Minimum 1. Default 1024."""
+    weights: Mapping[str, Annotated[float, Field(gt=0)]] = {}
+    """Shares of tenants, as `{research: 2.5}`: one with 2 is served twice as much as one with 1 while both wait. Each
+    over 0. Default: 1 for each."""
+    gather_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds for which requests for an adapter gather before it takes a slot, where slots are too few. Default 0."""
+
+
 def _expanded(path: Path) -> Path:
     return path.expanduser()
 
@@ -135,6 +154,8 @@ class ServeConfig(BaseModel):
     """The engine that holds the base."""
     dedicated: DedicatedConfig = DedicatedConfig()
     """Engines for what cannot be hot-swapped."""
+    admission: AdmissionConfig = AdmissionConfig()
+    """Who goes next where more is asked than the engines can run at once."""
 
     @property
     def is_loopback(self) -> bool:

@@ -14,7 +14,8 @@ LoradockError
     ├── LengthRequiredError       an upload that does not say how long it is
     ├── TooLargeError             a body is over its limit
     ├── StorageFullError          there is no room on the disk for what was sent
-    ├── DeadlineError             the request ran longer than the server lets requests run
+    ├── DeadlineError             the request took longer than the server, or its client, lets it
+    ├── QueueFullError            too many requests wait already; carries Retry-After
     └── EngineError
         ├── EngineUnavailableError    not up within the deadline; carries Retry-After
         ├── EngineStartError          an engine that will not start; carries the tail of its log
@@ -125,9 +126,18 @@ class TooLargeError(GatewayError):
 
 
 class DeadlineError(GatewayError):
-    """The request ran longer than `request_timeout_s`."""
+    """The request took longer than `request_timeout_s`, or than its own `x-request-timeout`."""
 
     code = "deadline_exceeded"
+
+
+class QueueFullError(GatewayError):
+    """Too many requests wait for the engine already, of everybody or of this tenant."""
+
+    def __init__(self, message: str, *, code: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after_s = retry_after_s
 
 
 class EngineError(GatewayError):

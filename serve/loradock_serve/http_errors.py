@@ -33,6 +33,7 @@ STATUS: Mapping[type[Exception], int] = {
     serve.ConflictError: 409,
     serve.LengthRequiredError: 411,
     serve.TooLargeError: 413,
+    serve.QueueFullError: 429,
     serve.DeadlineError: 504,
     serve.StorageFullError: 507,
     serve.EngineRouteError: 404,
@@ -55,6 +56,7 @@ TYPE: Mapping[int, str] = {
     411: "invalid_request_error",
     413: "invalid_request_error",
     422: "invalid_request_error",
+    429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
     507: "storage_error",
@@ -85,7 +87,7 @@ def error_object(error: LoradockError) -> dict[str, Any]:
 
 def headers_of(error: LoradockError) -> dict[str, str]:
     """Headers that go with an error."""
-    if isinstance(error, serve.EngineUnavailableError):
+    if isinstance(error, serve.EngineUnavailableError | serve.QueueFullError):
         return {"retry-after": str(error.retry_after_s)}
     if isinstance(error, serve.UnauthorizedError):
         return {"www-authenticate": "Bearer"}

@@ -70,6 +70,25 @@ ENGINE_STARTS = Gauge(
     "loradock_engine_starts", "Starts of the base's engine since the gateway's own.", registry=REGISTRY
 )
 
+QUEUE_SECONDS = Histogram(
+    "loradock_queue_seconds",
+    "How long requests that were given to an engine waited for their turn in our queue.",
+    buckets=(0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
+    registry=REGISTRY,
+)
+QUEUED = Gauge(
+    "loradock_queue_length", "Requests that wait for their turn on an engine.", ["engine"], registry=REGISTRY
+)
+ADMITTED = Gauge(
+    "loradock_queue_admitted", "Requests that have their turn on an engine.", ["engine"], registry=REGISTRY
+)
+NOT_ADMITTED = Counter(
+    "loradock_queue_rejected_total",
+    "Requests that did not get their turn: queue_full, tenant_queue_full, deadline, client_gone.",
+    ["reason"],
+    registry=REGISTRY,
+)
+
 _labelled: set[str] = set()
 
 

@@ -15,11 +15,14 @@ from loradock_serve.errors import EngineUnavailableError
 from loradock_serve.fleet import Fleet
 from loradock_serve.http_errors import error_response
 from loradock_serve.residency import PLACES, Look, Residency
+from loradock_serve.turnstile import Turnstiles
 
 ATTACHED_LOOK_S = 0.5
 
 
-def ops_router(fleet: Fleet, registry: Registry, catalog: Catalog, residency: Residency) -> APIRouter:
+def ops_router(
+    fleet: Fleet, registry: Registry, catalog: Catalog, residency: Residency, turnstiles: Turnstiles
+) -> APIRouter:
     """The routes, bound to their parts."""
     router = APIRouter()
 
@@ -43,6 +46,7 @@ def ops_router(fleet: Fleet, registry: Registry, catalog: Catalog, residency: Re
     async def prometheus() -> Response:
         metrics.ENGINE_UP.set(fleet.base.state == "ready")
         metrics.ENGINE_STARTS.set(fleet.base.starts)
+        turnstiles.observe(fleet.base)
         look = await residency.look()
         await asyncio.to_thread(_measure_adapters, registry, catalog, residency, look)
         return Response(generate_latest(metrics.REGISTRY), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,7 +1,7 @@
 """The OpenAI routes: one request, from its body to the last byte of its answer.
 
-    body ▶ model ▶ version ▶ lease of an engine (held while it starts) ▶ engine over its socket ▶ bytes back, as they
-    come ▶ meter
+    body ▶ model ▶ version ▶ lease of an engine (held while it starts) ▶ its turn on it ▶ engine over its socket ▶ bytes
+    back, as they come ▶ meter
 
 Plain ASGI, because it is the hot path and because both ends of a connection must be watched at once: a client that
 hangs up aborts its request in the engine, an engine that dies ends the stream with an error event. Knows nothing of
@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from loradock_adapters.errors import LoradockError
 from loradock_serve import metrics, rewrite
+from loradock_serve.asks import ask_of, timeout_of
 from loradock_serve.catalog import Catalog, Resolved
 from loradock_serve.cut_short import ClientGoneError, CutShort
 from loradock_serve.engine_http import Answer, EngineGoneError
@@ -33,6 +34,8 @@ from loradock_serve.fleet import Fleet, Target
 from loradock_serve.http_errors import UNFORESEEN, explained, status_of
 from loradock_serve.reply import Reply
 from loradock_serve.sse import Usage
+from loradock_serve.tickets import Ask
+from loradock_serve.turnstile import Turn, Turnstiles
 
 log = logging.getLogger("loradock.requests")
 
@@ -49,9 +52,12 @@ CLIENT_GONE = 499
 class OpenAIProxy:
     """The ASGI endpoint of every OpenAI route that runs a model."""
 
-    def __init__(self, catalog: Catalog, fleet: Fleet, *, max_body_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self, catalog: Catalog, fleet: Fleet, turnstiles: Turnstiles, *, max_body_bytes: int, timeout_s: float
+    ) -> None:
         self._catalog = catalog
         self._fleet = fleet
+        self._turnstiles = turnstiles
         self._max_body_bytes = max_body_bytes
         self._timeout_s = timeout_s
 
@@ -62,10 +68,11 @@ class OpenAIProxy:
         status = 500  # what stays if something happens that nobody thought of
         metrics.IN_FLIGHT.inc()
         try:
-            with CutShort(reply, self._timeout_s) as cut:
+            timeout_s, whose = timeout_of(_header(scope, b"x-request-timeout"), self._timeout_s)
+            with CutShort(reply, timeout_s, whose) as cut:
                 body = await read_body(receive, self._max_body_bytes, _header(scope, b"content-length"))
                 cut.watch(scope, receive)
-                await self._answer(scope, reply, body)
+                await self._answer(scope, reply, body, began + timeout_s)
             status = reply.status
         except ClientGoneError:
             status = CLIENT_GONE
@@ -82,25 +89,27 @@ class OpenAIProxy:
             outcome = f"{status}" if reply.error_code is None else f"{status} {_shown(reply.error_code)}"
             log.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), outcome, seconds, reply.request_id)
 
-    async def _answer(self, scope: Scope, reply: Reply, body: bytes) -> None:
+    async def _answer(self, scope: Scope, reply: Reply, body: bytes, deadline_at: float) -> None:
         path = scope["path"]
         payload = rewrite.parse_body(body)
         reply.model = rewrite.model_of(payload)
         resolved = self._catalog.resolve_to_answer(reply.model)
         reply.version = resolved.version
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour)
-        if not await self._attempt(scope, reply, resolved, out):
+        ask = ask_of(payload, len(body), resolved.version.digest if resolved.version else None, deadline_at)
+        if not await self._attempt(scope, reply, resolved, out, ask):
             # The engine did not know the adapter: something else restarted it, or a removal overtook this request.
-            await self._attempt(scope, reply, resolved, out, last=True)
+            await self._attempt(scope, reply, resolved, out, ask, last=True)
 
     async def _attempt(
-        self, scope: Scope, reply: Reply, resolved: Resolved, out: rewrite.Outgoing, *, last: bool = False
+        self, scope: Scope, reply: Reply, resolved: Resolved, out: rewrite.Outgoing, ask: Ask, *, last: bool = False
     ) -> bool:
         """False where the engine does not know the adapter, and nothing has been answered."""
         path = scope["path"]
         async with contextlib.AsyncExitStack() as stack:
             async with _comments(reply, out.streams, resolved):
-                target = await stack.enter_async_context(self._fleet.lease(resolved.version))
+                target, turn = await self._turn(stack, resolved, ask)
+            reply.queue_s = turn.waited_s
             headers = _engine_headers(scope, reply.request_id)
             try:
                 answer = await stack.enter_async_context(target.client.post(path, out.body, headers))
@@ -110,15 +119,30 @@ class OpenAIProxy:
                 if answer.status != 200:
                     await _pass_error(answer, target, out, reply, path)
                 elif answer.content_type == "text/event-stream":
-                    await _stream(answer, target, out, reply)
+                    await _stream(answer, target, out, reply, turn)
                 else:
-                    await _whole(answer, out, reply)
+                    await _whole(answer, out, reply, turn)
             except EngineGoneError as error:
                 await target.engine.examine(EXAMINED_WITHIN_S)
                 raise EngineUnavailableError(
                     f"The engine of {resolved.public_name!r} went away while it was answering; it is being restarted"
                 ) from error
         return True
+
+    async def _turn(self, stack: contextlib.AsyncExitStack, resolved: Resolved, ask: Ask) -> tuple[Target, Turn]:
+        """An engine that is ready and has the adapter, and a turn on it, until the stack ends.
+
+        A request whose engine ended while it waited keeps its age, on the engine's next start.
+        """
+        arrived_at: float | None = None
+        while True:
+            async with contextlib.AsyncExitStack() as attempt:
+                target = await attempt.enter_async_context(self._fleet.lease(resolved.version))
+                turn = await attempt.enter_async_context(self._turnstiles.turn(target, ask, arrived_at))
+                if turn.is_current:
+                    await stack.enter_async_context(attempt.pop_all())
+                    return target, turn
+                arrived_at = turn.arrived_at
 
 
 async def _pass_error(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, path: str) -> None:
@@ -154,7 +178,7 @@ async def _comments(reply: Reply, streams: bool, resolved: Resolved) -> AsyncIte
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _stream(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply) -> None:
+async def _stream(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, turn: Turn) -> None:
     rewriter = out.rewriter()
     await reply.start_stream()
     try:
@@ -167,7 +191,7 @@ async def _stream(answer: Answer, target: Target, out: rewrite.Outgoing, reply: 
         if not rewriter.ended_well:  # the answer was complete: what died after it is not its client's business
             raise
     finally:
-        _meter(out, rewriter.usage)
+        _meter(out, rewriter.usage, turn)
     if rewriter.error is not None:
         target.engine.suspect()
         await reply.fail_with(500, rewrite.public_error(rewriter.error, out))
@@ -178,16 +202,17 @@ async def _stream(answer: Answer, target: Target, out: rewrite.Outgoing, reply: 
         await reply.end()
 
 
-async def _whole(answer: Answer, out: rewrite.Outgoing, reply: Reply) -> None:
+async def _whole(answer: Answer, out: rewrite.Outgoing, reply: Reply, turn: Turn) -> None:
     body, figures = rewrite.incoming(await answer.read(), out)
     usage = Usage()
     usage.take(figures)
-    _meter(out, usage)
+    _meter(out, usage, turn)
     await reply.whole(body, answer.headers.get(b"content-type", b"application/json").decode("latin-1"))
 
 
-def _meter(out: rewrite.Outgoing, usage: Usage) -> None:
+def _meter(out: rewrite.Outgoing, usage: Usage, turn: Turn) -> None:
     if usage.prompt_tokens or usage.completion_tokens:
+        turn.usage = (usage.prompt_tokens, usage.completion_tokens)
         metrics.meter(out.public_name, usage.prompt_tokens, usage.completion_tokens)
 
 

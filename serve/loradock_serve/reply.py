@@ -21,6 +21,8 @@ class Reply:
         self.request_id = request_id
         self.model: str | None = None
         self.version: Version | None = None
+        self.queue_s: float | None = None
+        """How long the request waited for its turn; None before it has it."""
         self.status = 0
         self.error_code: str | None = None
         """The code of the error that it answered with, also where that came after the head of a stream."""
@@ -85,6 +87,8 @@ class Reply:
             (b"x-request-id", self.request_id.encode("latin-1")),
             *extra,
         ]
+        if self.queue_s is not None:
+            headers.append((b"x-loradock-queue-ms", b"%d" % round(1000 * self.queue_s)))
         if self.version is not None:
             headers.append((b"x-loradock-version", str(self.version.number).encode()))
         await self._send({"type": "http.response.start", "status": status, "headers": headers})

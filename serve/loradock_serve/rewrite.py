@@ -1,8 +1,8 @@
 """What the gateway itself writes into a request, and what that means for the answer.
 
 Only these: the engine's name of the model; the usage option it meters by (hidden again when the client did not ask);
-and on chat requests the adapter's own chat template and stop tokens. Every other field goes through as it came. Pure;
-knows no engine.
+and on chat requests the adapter's own chat template and stop tokens. `priority` is taken out. Every other field goes
+through as it came. Pure; knows no engine.
 """
 
 import json
@@ -77,6 +77,7 @@ def outgoing(
     """The request as the engine is to get it. Raises BadRequestError for what clients may not set."""
     _refuse_chat_template(payload)
     sent = dict(payload) | {"model": engine_name}
+    sent.pop("priority", None)  # the gateway's queue minds it; engines refuse it
     streams = payload.get("stream") is True
     hide_usage = streams and path in (CHAT, COMPLETIONS) and not _asks_for_usage(payload)
     if hide_usage:

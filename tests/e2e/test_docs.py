@@ -9,7 +9,7 @@ import pytest
 import typer.main
 
 from loradock_adapters import cli
-from loradock_serve.config import DedicatedConfig, EngineConfig, ServeConfig
+from loradock_serve.config import AdmissionConfig, DedicatedConfig, EngineConfig, ServeConfig
 from loradock_train.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +66,8 @@ def test_every_serving_key_is_documented() -> None:
     keys += [f"engine.{key}" for key in EngineConfig.model_fields] + [
         f"dedicated.{key}" for key in DedicatedConfig.model_fields
     ]
-    sections = {"engine", "dedicated"}
+    keys += [f"admission.{key}" for key in AdmissionConfig.model_fields]
+    sections = {"engine", "dedicated", "admission"}
     assert [key for key in keys if key not in sections and f"`{key}" not in text] == []
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from loradock_adapters.errors import UsageError
 from loradock_serve.config import (
+    AdmissionConfig,
     DedicatedConfig,
     EngineConfig,
     ServeConfig,
@@ -105,6 +106,12 @@ def test_all_problems_are_reported_at_once_each_with_its_key() -> None:
         ({"dedicated": {"engine": {"port": 1}}}, "dedicated.engine.port: Loradock sets this itself"),
         ({"engine": {"max_lora_rank": 12}}, "engine.max_lora_rank: Input should be 1, 8, 16"),
         ({"engine": {"dtype": "int8"}}, "engine.dtype: Input should be 'auto', 'bfloat16'"),
+        ({"admission": {"max_wait": 3}}, "admission.max_wait: unknown key; did you mean `max_wait_s`?"),
+        ({"admission": {"max_wait_s": 0}}, "admission.max_wait_s: Input should be greater than 0"),
+        ({"admission": {"max_queue": 0}}, "admission.max_queue: Input should be greater than or equal to 1"),
+        ({"admission": {"max_queue_per_tenant": 0}}, "admission.max_queue_per_tenant: Input should be greater"),
+        ({"admission": {"weights": {"me": 0}}}, "admission.weights.me: Input should be greater than 0"),
+        ({"admission": {"gather_s": -1}}, "admission.gather_s: Input should be greater than or equal to 0"),
         ({"port": "80"}, "port: Input should be a valid integer"),
     ],
 )
@@ -166,7 +173,7 @@ def test_key_file_that_is_empty_or_missing_is_refused(tmp_path: Path) -> None:
         read_admin_key(key_config(tmp_path, "127.0.0.1", " \n"), {})
 
 
-@pytest.mark.parametrize("model", [ServeConfig, EngineConfig, DedicatedConfig])
+@pytest.mark.parametrize("model", [ServeConfig, EngineConfig, DedicatedConfig, AdmissionConfig])
 def test_every_field_has_a_docstring_with_its_default(model: type[BaseModel]) -> None:
     source = inspect.getsource(model)
     for name, field in model.model_fields.items():

@@ -25,6 +25,7 @@ EXAMPLES: list[tuple[LoradockError, int, str, str]] = [
     (serve.ConflictError("x"), 409, "conflict_error", "conflict"),
     (serve.LengthRequiredError("x"), 411, "invalid_request_error", "length_required"),
     (serve.TooLargeError("x"), 413, "invalid_request_error", "too_large"),
+    (serve.QueueFullError("x", code="queue_full", retry_after_s=3), 429, "rate_limit_error", "queue_full"),
     (serve.DeadlineError("x"), 504, "timeout_error", "deadline_exceeded"),
     (serve.StorageFullError("x"), 507, "storage_error", "storage_full"),
     (serve.EngineError("x"), 502, "server_error", "engine_error"),
@@ -70,6 +71,8 @@ def test_details_go_with_their_errors() -> None:
 
 def test_headers_say_whether_to_come_again() -> None:
     assert error_response(serve.EngineUnavailableError("x", retry_after_s=7)).headers["retry-after"] == "7"
+    full = serve.QueueFullError("x", code="tenant_queue_full", retry_after_s=30)
+    assert error_response(full).headers["retry-after"] == "30"
     assert error_response(serve.ConflictError("x")).headers["x-should-retry"] == "false"
     assert error_response(adapters.MissingBlobsError(["a"])).headers["x-should-retry"] == "false"
     assert "retry-after" not in error_response(serve.BadRequestError("x")).headers

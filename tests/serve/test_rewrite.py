@@ -29,6 +29,11 @@ def test_every_other_field_goes_through_untouched(path: str) -> None:
     assert payload["model"] == "mine"
 
 
+@pytest.mark.parametrize("priority", [3, None])
+def test_priority_is_not_forwarded(priority: int | None) -> None:
+    assert sent(CHAT, {"model": "mine", "priority": priority}) == {"model": DIGEST}
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
 @pytest.mark.parametrize("options", [{}, {"stream_options": None}, {"stream_options": {"include_usage": False}}])
 def test_usage_is_asked_for_in_streams_and_hidden_again(path: str, options: dict[str, Any]) -> None:
