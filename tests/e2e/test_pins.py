@@ -33,7 +33,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoradockServer]
 
 def residency(server: LoradockServer, name: str) -> dict[str, Any]:
     found: dict[str, Any] = httpx.get(f"{server.url}/v1/adapters/{name}", timeout=30).raise_for_status().json()
-    return found["residency"] | {"listed": found["pinned"]}
+    whole: dict[str, Any] = found["residency"] | {"listed": found["pinned"]}
+    return whole
 
 
 async def ask_all(server: LoradockServer, models: tuple[str, ...], rounds: int) -> list[int]:
