@@ -32,23 +32,13 @@ PinState = Literal["held", "waiting"]
 
 
 class SlotKeeper(Protocol):
-    """Whoever decides which requests go to the base's engine."""
+    """Whoever decides which requests go to the base's engine (`turnstile.py`)."""
 
     async def pin(self, adapter: str) -> None:
         """Returns once requests use no more slots than are left beside this adapter's; it stays so until `unpin`."""
 
     def unpin(self, adapter: str) -> None:
         """Requests may use the slot again, whether or not `pin` has returned."""
-
-
-class NoKeeper:
-    """Where nothing is kept: an engine without limits that are known. The engine's own pins give way if need be."""
-
-    async def pin(self, adapter: str) -> None:
-        """Nothing to wait for."""
-
-    def unpin(self, adapter: str) -> None:
-        """Nothing to give back."""
 
 
 @dataclass
@@ -73,14 +63,14 @@ class Pins:
         catalog: Catalog,
         fleet: Fleet,
         slots: Callable[[], int | None],
-        keeper: SlotKeeper | None = None,
+        keeper: SlotKeeper,
     ) -> None:
         """`slots`: how many the base's engine has, None where that is not known."""
         self._registry = registry
         self._catalog = catalog
         self._fleet = fleet
         self._slots = slots
-        self._keeper: SlotKeeper = keeper if keeper is not None else NoKeeper()
+        self._keeper = keeper
         self._names: dict[str, Version] = {}
         self._holds: dict[str, _Hold] = {}
         self._releases: set[asyncio.Task[None]] = set()
@@ -189,6 +179,7 @@ class Pins:
             if digest not in self._holds:
                 hold = self._holds[digest] = _Hold(version)
                 hold.task = asyncio.create_task(self._hold(hold), name=f"pin of {version.name}")
+                hold.task.add_done_callback(_tell)
 
     def _wanted(self) -> dict[str, Version]:
         """Digest -> version, as many as leave a slot free: the names that were pinned first."""
@@ -237,6 +228,12 @@ class Pins:
         with contextlib.suppress(EngineError):
             await start.client.unpin_adapter(version.digest)
             log.info("%s is pinned no more", version.ref)
+
+
+def _tell(task: asyncio.Task[None]) -> None:
+    """What nobody thought of must not end a pin in silence."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s failed", task.get_name(), exc_info=error)
 
 
 def _why_not(version: Version) -> str | None:
