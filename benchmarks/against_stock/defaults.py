@@ -1,7 +1,8 @@
 """Out of the box: stock vLLM with its own defaults, which are one adapter slot, and `loradock serve` told nothing.
 
-Stock gets three things that are not its defaults, in its favour or needed: threads bound to all cores (by itself it
-leaves one idle), no compilation, and adapters loaded beforehand.
+Stock gets four things that are not its defaults, in its favour or needed: threads bound to all cores (by itself it
+leaves one idle), a KV cache of a stated size (by itself it wants nearly all memory, and another engine is there), no
+compilation, and adapters loaded beforehand.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from against_stock.servers import Setup, both
 
 ADAPTERS = 64
 REQUESTS = 128
+STOCK_KV_CACHE_GIB = 2
 ROUNDS = 2
 """At most: stock needs a minute for each."""
 
@@ -24,9 +26,8 @@ def defaults_scenario(options: Options, place: Path) -> dict[str, Any]:
     """64 adapters, 64 in flight, nothing configured."""
     base = make_base(place / "base", SMALL)
     adapters = make_adapters(place / "adapters", SMALL, [f"adapter-{n}" for n in range(1, ADAPTERS + 1)])
-    setup = Setup(base)
     progress("defaults: both engines start")
-    with both(setup, setup, place / "servers") as sides:
+    with both(Setup(base, kv_cache_gib=STOCK_KV_CACHE_GIB), Setup(base), place / "servers") as sides:
         configs = effective(sides)
         for side in sides:
             side.register(adapters)

@@ -33,6 +33,8 @@ BASE = "base"
 """The name of the base on both sides."""
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 40.0
+LOG_LINES = 30
+EXCEPTION = re.compile(r"\b\w+(Error|Exception|Exit)\b: ")
 STOCK_WRAPPER = "PunicaWrapperCPU"
 SHOWN_VARIABLES = re.compile(r"^(VLLM_|OMP_|KMP_|GOMP_|MKL_|TORCH|LD_PRELOAD|MALLOC_|ATEN_)")
 
@@ -112,8 +114,7 @@ class Server(ABC):
 
     def logs(self) -> str:
         """The ends of its logs, for a message."""
-        lines = self.log.read_text(errors="replace").splitlines()[-30:] if self.log.exists() else []
-        return "\n".join([f"--- {self.log}", *lines])
+        return _end_of(self.log)
 
     def check_alive(self) -> None:
         """Raises BenchmarkError where the server has ended by itself."""
@@ -298,9 +299,14 @@ class LoradockServer(Server):
         return {"gateway": gateway, "config": json.loads(config), **self._effective(info, wrapper)}
 
     def logs(self) -> str:
-        engine = self.directory / "data" / "logs" / "engine-base.log"
-        lines = engine.read_text(errors="replace").splitlines()[-30:] if engine.exists() else []
-        return "\n".join([super().logs(), f"--- {engine}", *lines])
+        return "\n".join([super().logs(), _end_of(self.directory / "data" / "logs" / "engine-base.log")])
+
+
+def _end_of(log: Path) -> str:
+    """Its last lines, and before them those that name an exception: vLLM's last words are that others failed."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    named = [line for line in lines[:-LOG_LINES] if EXCEPTION.search(line)]
+    return "\n".join([f"--- {log}", *named[-10:], *lines[-LOG_LINES:]])
 
 
 def _free_port() -> int:
