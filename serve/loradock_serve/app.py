@@ -20,6 +20,7 @@ from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
 from loradock_serve import rewrite
+from loradock_serve.adapter_gauges import AdapterGauges
 from loradock_serve.adapters_routes import adapters_router
 from loradock_serve.auth import Doorkeeper
 from loradock_serve.base import ServedBase, WeightsHash, find_base
@@ -268,7 +269,7 @@ def _application(
     limit = config.max_upload_bytes
     app.include_router(adapters_router(store, registry, catalog, publisher, states, care.pins, max_upload_bytes=limit))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))
-    app.include_router(ops_router(fleet, registry, catalog, care.residency, care.turnstiles))
+    app.include_router(ops_router(fleet, AdapterGauges(registry, catalog, care.residency), care.turnstiles))
 
     add_handlers(app)
     return _OpenAIFirst(proxy, app)

@@ -1,28 +1,21 @@
 """What operators and load balancers ask: is the gateway alive, does the base answer, what has been counted."""
 
-import asyncio
-from collections import Counter
-
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, Response
 
-from loradock_adapters.registry import Registry
 from loradock_serve import metrics
-from loradock_serve.catalog import Catalog
+from loradock_serve.adapter_gauges import AdapterGauges
 from loradock_serve.engine import AttachedEngine, EngineStart
 from loradock_serve.errors import EngineUnavailableError
 from loradock_serve.fleet import Fleet
 from loradock_serve.http_errors import error_response
-from loradock_serve.residency import PLACES, Look, Residency
 from loradock_serve.turnstile import Turnstiles
 
 ATTACHED_LOOK_S = 0.5
 
 
-def ops_router(
-    fleet: Fleet, registry: Registry, catalog: Catalog, residency: Residency, turnstiles: Turnstiles
-) -> APIRouter:
+def ops_router(fleet: Fleet, adapters: AdapterGauges, turnstiles: Turnstiles) -> APIRouter:
     """The routes, bound to their parts."""
     router = APIRouter()
 
@@ -47,24 +40,10 @@ def ops_router(
         metrics.ENGINE_UP.set(fleet.base.state == "ready")
         metrics.ENGINE_STARTS.set(fleet.base.starts)
         turnstiles.observe(fleet.base)
-        look = await residency.look()
-        await asyncio.to_thread(_measure_adapters, registry, catalog, residency, look)
+        await adapters.set()
         return Response(generate_latest(metrics.REGISTRY), headers={"content-type": CONTENT_TYPE_LATEST})
 
     return router
-
-
-def _measure_adapters(registry: Registry, catalog: Catalog, residency: Residency, look: Look) -> None:
-    """Where all adapters are; in a thread, since it reads the registry and asks the disk."""
-    shared = [version for version in map(catalog.fit, registry.models()) if version.placement == "shared"]
-    places = Counter(residency.place(look, version.digest) for version in shared)
-    for place in PLACES:
-        metrics.ADAPTERS.labels(place).set(places[place])
-    pinned = len(look.pinned & look.in_slots)
-    used = len(look.in_slots) - pinned
-    for state, slots in {"pinned": pinned, "used": used, "free": look.slots - used - pinned}.items():
-        metrics.ADAPTER_SLOTS.labels(state).set(slots)
-    metrics.RESIDENCY_AGE.set(residency.age_s(look))
 
 
 def _unhealthy(fleet: Fleet) -> EngineUnavailableError:

@@ -183,6 +183,13 @@ async def test_metrics_have_adapters_by_place_and_slots_by_state(adapters: Serve
     assert any(line.startswith('loradock_adapter_requests_total{found="loaded",model="asked"}') for line in lines)
 
 
+async def test_metrics_follow_what_is_published_and_removed(adapters: Served) -> None:
+    await adapters.client.get("/metrics")
+    await adapters.client.delete("/v1/adapters/stored")
+    lines = (await adapters.client.get("/metrics")).text.splitlines()
+    assert 'loradock_adapters{residency="cpu"} 1.0' in lines
+
+
 async def test_adapter_whose_bytes_are_gone_from_this_disk_is_remote(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
