@@ -8,13 +8,21 @@ import inspect
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import vllm
+from safetensors.torch import save_file
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
+from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.punica_wrapper import punica_selector
 from vllm.lora.punica_wrapper.punica_base import PunicaWrapperABC
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
 from vllm.platforms import current_platform
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -139,8 +147,80 @@ def test_endpoints_are_an_endpoint_plugin_and_know_their_engine() -> None:
 
     assert isinstance(LoradockEndpoints(), EndpointPlugin)
     assert {"add_lora", "remove_lora", "collective_rpc", "errored"} <= set(dir(AsyncLLM))
-    assert {"load_lora_adapter", "unload_lora_adapter", "is_base_model"} <= set(dir(OpenAIServingModels))
-    assert "self.lora_requests: dict[str, LoRARequest] = {}" in inspect.getsource(OpenAIServingModels.__init__)
+    assert {"unload_lora_adapter", "is_base_model"} <= set(dir(OpenAIServingModels))
+    assert list(inspect.signature(AsyncLLM.collective_rpc).parameters)[1:] == ["method", "timeout", "args", "kwargs"]
+    registry = inspect.getsource(OpenAIServingModels)
+    assert "self.lora_requests: dict[str, LoRARequest] = {}" in registry
+    assert "self.lora_id_counter.inc(1)" in registry  # how vLLM's own load numbers an adapter, and
+    assert "self.lora_requests[lora_name] = lora_request" in registry  # all that it does besides loading it
+
+
+def test_step_reads_an_adapter_by_the_method_that_staging_replaces() -> None:
+    source = inspect.getsource(LRUCacheWorkerLoRAManager.add_adapter)
+
+    assert "lora = self._load_adapter(lora_request)" in source
+    assert "_load_adapter" not in vars(LRUCacheWorkerLoRAManager)
+    assert list(inspect.signature(WorkerLoRAManager._load_adapter).parameters)[1:] == ["lora_request"]
+    assert "self._create_merged_loras_inplace(lora)" in inspect.getsource(LoRAModelManager._add_adapter)
+    assert "_is_moe" in inspect.getsource(LoRAModelManager.__init__)
+
+
+def test_merging_twice_is_merging_once() -> None:
+    """A reader's thread merges what the step will merge again."""
+    layers = {
+        f"model.layers.0.self_attn.{name}": LoRALayerWeights(name, 4, 8, torch.ones(4, 8), torch.ones(8, 4), 2.0)
+        for name in ("q_proj", "v_proj", "o_proj")
+    }
+    model = LoRAModel(1, 4, layers)
+    manager: Any = LoRAModelManager.__new__(LoRAModelManager)
+    packed = "model.layers.0.self_attn.qkv_proj"
+    manager.packed_modules = {packed: [packed.replace("qkv", part) for part in "qkv"]}
+    manager.modules, manager.is_pooling_model = {}, False
+
+    manager._create_merged_loras_inplace(model)
+    first = {name: (layer, layer.lora_b) for name, layer in model.loras.items()}
+    manager._create_merged_loras_inplace(model)
+
+    assert {name: (layer, layer.lora_b) for name, layer in model.loras.items()} == first
+    q, k, v = model.loras[packed].lora_b
+    assert (q[0, 0], k, v[0, 0]) == (2, None, 2)
+    assert model.loras["model.layers.0.self_attn.o_proj"].lora_b[0, 0] == 2
+
+
+def test_layers_have_the_stacks_that_shapes_are_checked_against() -> None:
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+    from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+
+    for layer, a_place in (
+        (BaseLinearLayerWithLoRA, "self.lora_a_stacked[0][index, 0, : lora_a.shape[0], : lora_a.shape[1]]"),
+        (LogitsProcessorWithLoRA, "self.lora_a_stacked[index, 0, : lora_a.shape[0], : lora_a.shape[1]]"),
+        (VocabParallelEmbeddingWithLoRA, "self.lora_a_stacked[index, : lora_a.shape[1], : lora_a.shape[0]]"),
+    ):
+        assert a_place in inspect.getsource(layer)
+    assert "self.tp_size" in inspect.getsource(BaseLinearLayerWithLoRA)
+
+
+def test_reading_a_safetensors_file_of_the_right_format_maps_it(tmp_path: Path) -> None:
+    """What keeps a packed adapter from taking memory of its own, and a reader's thread from copying."""
+    path = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight"
+    save_file({name: torch.ones(64, 1024)}, path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 64, "target_modules": ["o_proj"]}')
+
+    model = LoRAModel.from_local_checkpoint(
+        str(tmp_path),
+        {"o_proj"},
+        PEFTHelper.from_local_dir(str(tmp_path), None),
+        lora_model_id=1,
+        device="cpu",
+        dtype=torch.float32,
+    )
+
+    (layer,) = model.loras.values()
+    with Path("/proc/self/maps").open() as maps:
+        spans = [line.split(" ")[0].split("-") for line in maps if str(path) in line]
+    assert any(int(begin, 16) <= layer.lora_a.data_ptr() < int(end, 16) for begin, end in spans)
 
 
 def test_counts_and_pins_hang_on_what_they_name() -> None:
