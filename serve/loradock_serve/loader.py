@@ -19,8 +19,8 @@ from loradock_serve.errors import EngineError, EngineUnavailableError
 class Packs(Protocol):
     """Where adapters lie in the form that engines read fastest."""
 
-    async def directory_of(self, digest: str, source: Path, dtype: str) -> Path | None:
-        """A directory with the adapter in `source` for engines of this `lora_dtype`; None where there is none."""
+    async def directory_of(self, digest: str, source: Path, form: str) -> Path | None:
+        """A directory with the adapter in `source` in this form (`packed_file.FORMS`); None where there is none."""
 
     async def discard(self, digest: str) -> None:
         """Remove what is there of a version that is gone."""
@@ -91,10 +91,12 @@ class AdapterLoader:
         self._on_load(digest, time.monotonic() - began)
 
     async def _packed(self, start: EngineStart, digest: str, directory: Path) -> str | None:
-        dtype = start.status.limits.get("lora_dtype") if start.status is not None else None
-        if self._packs is None or not isinstance(dtype, str):
+        status = start.status
+        dtype = status.limits.get("lora_dtype") if status is not None else None
+        if self._packs is None or status is None or not isinstance(dtype, str):
             return None
-        packed = await self._packs.directory_of(digest, directory, dtype)
+        form = f"{dtype}-cpu" if status.device.startswith("cpu") else dtype
+        packed = await self._packs.directory_of(digest, directory, form)
         return None if packed is None else str(packed)
 
 

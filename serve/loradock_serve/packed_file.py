@@ -1,8 +1,9 @@
 """An adapter rewritten into the form that an engine reads fastest: a PEFT directory that needs no work to be read.
 
     adapter_config.json          as it was, with every scaling 1
-    adapter_model.safetensors    every tensor in the engine's `lora_dtype`, B's already multiplied by their scaling; the
-                                 tensors begin on a page, and lie 64-byte aligned
+    adapter_model.safetensors    every tensor in the engine's `lora_dtype`, B's already multiplied by their scaling and,
+                                 where the metadata says `{"b": "transposed"}`, transposed: (r, o), as they lie in the
+                                 slots of our CPU kernel; the tensors begin on a page, and lie 64-byte aligned
 
 It is mapped as it lies: no conversion, no private copy for vLLM's `lora_b *= scaling`. The values are bit for bit what
 vLLM makes of the original. Written under another name, synced and renamed by the caller (packing.py). No torch: numpy,
@@ -27,6 +28,9 @@ from loradock_adapters.safetensors_header import DTYPE_BITS, TensorInfo, read_he
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Number formats of engines, as safetensors calls them."""
+FORMS = tuple(f"{dtype}{device}" for dtype in DTYPES for device in ("", "-cpu"))
+"""Packed forms: the engine's `lora_dtype`, and whether B's are transposed for slots on CPU."""
+TRANSPOSED = {"b": "transposed"}
 PAGE_BYTES, ALIGN_BYTES = 4096, 64
 CHUNK_VALUES = 1 << 16
 """Values converted at once: they stay in a core's cache."""
@@ -35,14 +39,16 @@ Floats = npt.NDArray[np.float32]
 
 
 class Recipe:
-    """What an adapter needs to be rewritten in `dtype`: each tensor's place and scaling."""
+    """What an adapter needs to be rewritten in one of FORMS: each tensor's place and scaling."""
 
-    def __init__(self, directory: Path, dtype: str) -> None:
+    def __init__(self, directory: Path, form: str) -> None:
         """Reads the config and the header. NotPackableError where the adapter is not plain LoRA of linear layers and
         embeddings; HeaderError, OSError or ValueError where its files are not what the gate let pass."""
         self.source = directory / WEIGHTS
         self.config: dict[str, Any] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        dtype, _, device = form.partition("-")
         self.dtype = DTYPES[dtype]
+        self.transposes = device == "cpu"
         self.tensors = read_header(self.source)
         keys = [parse_key(name) for name in self.tensors]
         if any(key.part not in ("A", "B", "embedding_A", "embedding_B") or ".experts" in key.module for key in keys):
@@ -54,8 +60,10 @@ class Recipe:
     @property
     def is_needed(self) -> bool:
         """Whether anything would change but where the tensors begin."""
-        return any(tensor.dtype != self.dtype for tensor in self.tensors.values()) or any(
-            scaling != 1 for scaling in self.scalings.values()
+        return (
+            self.transposes
+            or any(tensor.dtype != self.dtype for tensor in self.tensors.values())
+            or any(scaling != 1 for scaling in self.scalings.values())
         )
 
     def _scalings(self, keys: list[LoraKey]) -> Iterator[float]:
@@ -83,19 +91,27 @@ class Recipe:
         return math.prod(self.tensors[name].shape) * DTYPE_BITS[self.dtype] // 8
 
     def _parts(self, order: list[str], file: BinaryIO) -> Iterator[bytes]:
-        header, position = {}, 0
+        header: dict[str, Any] = {"__metadata__": TRANSPOSED} if self.transposes else {}
+        position = 0
         for name in order:
             end = position + self._size_bytes(name)
-            header[name] = {
-                "dtype": self.dtype, "shape": list(self.tensors[name].shape), "data_offsets": [position, end]
-            }  # fmt: skip
+            shape = self.tensors[name].shape[:: -1 if self._is_transposed(name) else 1]
+            header[name] = {"dtype": self.dtype, "shape": list(shape), "data_offsets": [position, end]}
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % PAGE_BYTES)
         yield struct.pack("<Q", len(text)) + text
         for name in order:
-            for values in _values(file, self.tensors[name]):
-                yield _encoded(values, self.scalings[name], self.dtype)
+            tensor = self.tensors[name]
+            values = _values(file, tensor)
+            if self._is_transposed(name):
+                whole = np.concatenate([np.empty(0, "<f4"), *values]).reshape(tensor.shape)
+                values = iter([np.ascontiguousarray(whole.T).reshape(-1)])
+            for chunk in values:
+                yield _encoded(chunk, self.scalings[name], self.dtype)
+
+    def _is_transposed(self, name: str) -> bool:
+        return self.transposes and parse_key(name).part in ("B", "embedding_B")
 
 
 class NotPackableError(ValueError):

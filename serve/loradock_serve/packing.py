@@ -1,6 +1,6 @@
 """The packed forms of adapters on this machine's disk: made once, kept while there is room.
 
-    data_dir/packed/<hex of the version's digest>-<dtype>/     see packed_file.py
+    data_dir/packed/<hex of the version's digest>-<form>/     see packed_file.py
 
 They are copies that can be made again: an engine which finds one gone reads the version's own directory. So the least
 recently used go when `limit_bytes` is reached, whoever may use them, and a mapped one lives on until the engine lets go
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loradock_adapters.errors import LoradockError
-from loradock_serve.packed_file import DTYPES, NotPackableError, Recipe, is_whole
+from loradock_serve.packed_file import FORMS, NotPackableError, Recipe, is_whole
 
 log = logging.getLogger("loradock.packing")
 
@@ -41,37 +41,37 @@ class PackedAdapters:
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
 
-    async def directory_of(self, digest: str, source: Path, dtype: str) -> Path | None:
-        """Where an engine of this `lora_dtype` reads the adapter in `source` fastest: made now if need be.
+    async def directory_of(self, digest: str, source: Path, form: str) -> Path | None:
+        """Where an engine that wants it in this form reads the adapter in `source` fastest: made now if need be.
 
         None where it had best read `source` in vLLM's own way: nothing can be gained, or there is no room.
         """
-        if self._limit_bytes == 0 or dtype not in DTYPES:
+        if self._limit_bytes == 0 or form not in FORMS:
             return None
-        target = self._target(digest, dtype)
+        target = self._target(digest, form)
         task = self._making.get(target)
         if task is None:
-            task = self._making[target] = asyncio.create_task(self._in_thread(source, target, dtype))
+            task = self._making[target] = asyncio.create_task(self._in_thread(source, target, form))
             task.add_done_callback(lambda _task: self._making.pop(target, None))
         return await asyncio.shield(task)
 
     async def discard(self, digest: str) -> None:
         """Remove what was made of a version that is gone."""
         loop = asyncio.get_running_loop()
-        for dtype in DTYPES:
-            await loop.run_in_executor(self._packers, self._remove, self._target(digest, dtype))
+        for form in FORMS:
+            await loop.run_in_executor(self._packers, self._remove, self._target(digest, form))
 
-    def _target(self, digest: str, dtype: str) -> Path:
-        return self._root / f"{digest.removeprefix('sha256:')}-{dtype}"
+    def _target(self, digest: str, form: str) -> Path:
+        return self._root / f"{digest.removeprefix('sha256:')}-{form}"
 
-    async def _in_thread(self, source: Path, target: Path, dtype: str) -> Path | None:
-        return await asyncio.get_running_loop().run_in_executor(self._packers, self._ready, source, target, dtype)
+    async def _in_thread(self, source: Path, target: Path, form: str) -> Path | None:
+        return await asyncio.get_running_loop().run_in_executor(self._packers, self._ready, source, target, form)
 
-    def _ready(self, source: Path, target: Path, dtype: str) -> Path | None:
+    def _ready(self, source: Path, target: Path, form: str) -> Path | None:
         try:
             if self._is_there(target):
                 return target
-            recipe = Recipe(source, dtype)
+            recipe = Recipe(source, form)
             if not recipe.is_needed:
                 return source
             self._make(recipe, target)

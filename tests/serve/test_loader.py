@@ -136,23 +136,24 @@ class RecordedPacks:
         self.log: list[str] = []
         self.found: Path | None = Path("/packed")
 
-    async def directory_of(self, digest: str, source: Path, dtype: str) -> Path | None:
-        self.log.append(f"{source} as {dtype}")
+    async def directory_of(self, digest: str, source: Path, form: str) -> Path | None:
+        self.log.append(f"{source} as {form}")
         return self.found
 
     async def discard(self, digest: str) -> None:
         self.log.append(f"discard {digest[:8]}")
 
 
-async def test_engine_is_told_where_the_packed_form_for_its_format_lies() -> None:
+@pytest.mark.parametrize(("device", "form"), [("cpu", "bfloat16-cpu"), ("cuda", "bfloat16")])
+async def test_engine_is_told_where_the_packed_form_for_it_lies(device: str, form: str) -> None:
     packs = RecordedPacks()
     world = World(packs)
-    world.base.status = replace(STATUS, limits={"lora_dtype": "bfloat16"})
+    world.base.status = replace(STATUS, device=device, limits={"lora_dtype": "bfloat16"})
     await world.use(LORA)
     assert world.base.client.calls == [f"{LOAD} from /packed"]
     await world.fleet.forget(LORA.digest)
     await settle()
-    assert packs.log == ["/adapters/lora as bfloat16", f"discard {LORA.digest[:8]}"]
+    assert packs.log == [f"/adapters/lora as {form}", f"discard {LORA.digest[:8]}"]
 
 
 @pytest.mark.parametrize("limits", [{}, {"lora_dtype": None}, {"lora_dtype": "bfloat16"}])

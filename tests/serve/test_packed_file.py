@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from loradock_adapters.errors import HeaderError
 from loradock_adapters.safetensors_header import read_header
-from loradock_serve.packed_file import CONFIG, WEIGHTS, NotPackableError, Recipe, is_whole
+from loradock_serve.packed_file import CONFIG, TRANSPOSED, WEIGHTS, NotPackableError, Recipe, is_whole
 from loradock_testing.three_layers import DOWN, EMBED, Q, adapter_at, tensors
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -65,6 +66,20 @@ def test_scaling_moves_from_the_config_into_the_values(
         assert torch.equal(found[name], tensors()[name] * scaling), module
 
 
+@pytest.mark.parametrize("dtype", TORCH)
+def test_form_for_slots_on_cpu_has_the_same_values_with_bs_transposed(tmp_path: Path, dtype: str) -> None:
+    source = adapter_at(tmp_path / "a", lora_alpha=11)
+
+    plain, turned = packed(source, tmp_path / "plain", dtype), packed(source, tmp_path / "turned", f"{dtype}-cpu")
+
+    assert plain.keys() == turned.keys()
+    for name, tensor in plain.items():
+        assert torch.equal(turned[name], tensor.T if "_B" in name else tensor), name
+    for place, metadata in (("plain", None), ("turned", TRANSPOSED)):
+        with safe_open(tmp_path / place / WEIGHTS, framework="pt") as file:
+            assert file.metadata() == metadata
+
+
 def test_tensors_begin_on_a_page_and_lie_aligned(tmp_path: Path) -> None:
     packed(adapter_at(tmp_path / "a"), tmp_path / "packed", "bfloat16")
 
@@ -83,6 +98,7 @@ def test_adapter_that_would_not_change_needs_no_packing(tmp_path: Path) -> None:
 
     assert not Recipe(as_it_is, "bfloat16").is_needed
     assert Recipe(as_it_is, "float16").is_needed
+    assert Recipe(as_it_is, "bfloat16-cpu").is_needed
     assert Recipe(adapter_at(tmp_path / "b", tensors(torch.bfloat16), lora_alpha=4), "bfloat16").is_needed
 
 

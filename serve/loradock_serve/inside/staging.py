@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+
+from loradock_serve.packed_file import TRANSPOSED, WEIGHTS
 
 log = logging.getLogger("loradock.staging")
 
@@ -156,11 +159,21 @@ class Staging:
         if entry.packed is None or not Path(entry.packed).is_dir():
             return self._stock(own), False
         request = type(own)(own.lora_name, own.lora_int_id, entry.packed, is_3d_lora_weight=own.is_3d_lora_weight)
-        return self._stock(request), not PIN_MEMORY
+        model = self._stock(request)
+        if _is_transposed(Path(entry.packed)):
+            for layer in model.loras.values():
+                layer.lora_b = layer.lora_b.T
+        return model, not PIN_MEMORY
 
 
 def _step_back() -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), READER_NICENESS)
+
+
+def _is_transposed(packed: Path) -> bool:
+    """Whether a packed directory holds its B's as (r, o)."""
+    with safe_open(packed / WEIGHTS, framework="pt") as file:
+        return bool(file.metadata() == TRANSPOSED)
 
 
 def matrices(model: Any) -> Iterator[tuple[str, list[torch.Tensor | None], list[torch.Tensor | None]]]:

@@ -46,7 +46,9 @@ async def require_own_answers(client: httpx.AsyncClient, world: World, names: di
 
 
 async def pack(world: World, place: Path, adapter: str) -> Path:
-    packed = await PackedAdapters(place, 1 << 30).directory_of(f"sha256:{adapter}", world.adapters[adapter], "float32")
+    packed = await PackedAdapters(place, 1 << 30).directory_of(
+        f"sha256:{adapter}", world.adapters[adapter], "float32-cpu"
+    )
     assert packed is not None
     return packed
 

@@ -17,6 +17,7 @@ from vllm.lora.request import LoRARequest
 
 from loradock_serve.inside import staging as staging_module
 from loradock_serve.inside.staging import Staging, check_shapes, populate
+from loradock_serve.packed_file import Recipe
 from loradock_testing.waiting import until
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -132,6 +133,22 @@ async def test_packed_adapter_is_mapped_kept_and_handed_out_again(tmp_path: Path
     assert again is first
     assert torch.equal(b_of(again), torch.ones(WIDTH, RANK))  # still mapped, whatever became of the file's name
     assert staging.held() == [1]
+
+
+async def test_packed_bs_that_lie_transposed_are_turned_back_and_stay_mapped(tmp_path: Path) -> None:
+    manager = FakeManager()
+    staging = Staging(manager)
+    one, packed = request(adapter_at(tmp_path / "a", alpha=3 * RANK)), tmp_path / "packed"
+    packed.mkdir()
+    Recipe(Path(one.lora_path), "float32-cpu").write(packed)
+
+    staging.begin(one, str(packed))
+    assert await staged(staging) == ("ready", "")
+    b = b_of(manager.ask(one))
+
+    assert torch.equal(b, torch.full((WIDTH, RANK), 3.0))
+    assert b.stride() == (1, WIDTH)
+    assert manager.reads == [str(packed)]
 
 
 @pytest.mark.parametrize("damage", ["missing", "gone", "cut off", "nonsense"])
