@@ -15,6 +15,14 @@ import pytest
 import torch
 import vllm
 from safetensors.torch import save_file
+from vllm.lora.layers import (
+    LogitsProcessorWithLoRA,
+    MergedColumnParallelLinearWithLoRA,
+    MergedQKVParallelLinearWithLoRA,
+    RowParallelLinearWithLoRA,
+    VocabParallelEmbeddingWithLoRA,
+)
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.model_manager import LoRAModelManager, LRUCacheLoRAModelManager
@@ -188,10 +196,6 @@ def test_merging_twice_is_merging_once() -> None:
 
 
 def test_layers_have_the_stacks_that_shapes_are_checked_against() -> None:
-    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-    from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
-    from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
-
     for layer, a_place in (
         (BaseLinearLayerWithLoRA, "self.lora_a_stacked[0][index, 0, : lora_a.shape[0], : lora_a.shape[1]]"),
         (LogitsProcessorWithLoRA, "self.lora_a_stacked[index, 0, : lora_a.shape[0], : lora_a.shape[1]]"),
@@ -199,6 +203,20 @@ def test_layers_have_the_stacks_that_shapes_are_checked_against() -> None:
     ):
         assert a_place in inspect.getsource(layer)
     assert "self.tp_size" in inspect.getsource(BaseLinearLayerWithLoRA)
+
+
+def test_layers_that_are_written_our_way_do_no_more_in_their_own() -> None:
+    """`slot_copy.py` stands in for these two: zero the slot, take this worker's share, copy."""
+    single = inspect.getsource(BaseLinearLayerWithLoRA.set_lora)
+    merged = inspect.getsource(MergedColumnParallelLinearWithLoRA.set_lora)
+
+    for source in (single, merged):
+        assert source.count("self.reset_lora(index)") == 1
+        assert source.count(".copy_(") == 2
+        assert source.count("if self.tp_size > 1:") == 1
+    assert "len(lora_b) != self.n_slices" in merged
+    assert MergedQKVParallelLinearWithLoRA.set_lora is MergedColumnParallelLinearWithLoRA.set_lora
+    assert RowParallelLinearWithLoRA.set_lora is BaseLinearLayerWithLoRA.set_lora
 
 
 def test_reading_a_safetensors_file_of_the_right_format_maps_it(tmp_path: Path) -> None:
