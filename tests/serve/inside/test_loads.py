@@ -28,7 +28,7 @@ async def load(client: httpx.AsyncClient, name: str, path: Path, packed: Path | 
 async def unload(client: httpx.AsyncClient, *names: str) -> None:
     for name in names:
         response = await client.post("/loradock/adapters/unload", json={"name": name})
-        assert response.json() == {"name": name, "freed": True}
+        assert response.status_code == 200, response.text
 
 
 async def status(client: httpx.AsyncClient) -> Any:
