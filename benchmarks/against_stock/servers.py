@@ -49,6 +49,8 @@ class Setup:
     cores: str | None = None
     """Of the compute threads, as "0-1"; None leaves Loradock to its default, which stock gets as well."""
     kv_cache_gib: int | None = None
+    serve: Mapping[str, Any] = field(default_factory=dict)
+    """Sections of Loradock's config besides the engine's."""
 
 
 class Server(ABC):
@@ -251,7 +253,7 @@ class LoradockServer(Server):
             engine["cpu_cores"] = self.setup.cores
         if self.setup.kv_cache_gib is not None:
             engine["kv_cache_gib"] = self.setup.kv_cache_gib
-        config = {"base": str(self.setup.base), "port": 0, "data_dir": str(self.directory / "data")}
+        config = {"base": str(self.setup.base), "port": 0, "data_dir": str(self.directory / "data"), **self.setup.serve}
         path = self.directory / "serve.yaml"
         path.write_text(json.dumps(config | ({"engine": engine} if engine else {})))  # JSON is YAML
         self._launch([sys.executable, "-m", "loradock_adapters.cli", "serve", str(path)], _environment())

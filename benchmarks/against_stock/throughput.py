@@ -62,7 +62,7 @@ def _block(
         "max_model_len": 256,
         "max_num_seqs": IN_FLIGHT,
     }
-    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB)
+    setup = Setup(base, arguments, options.cores, KV_CACHE_GIB, options.serve)
     progress(f"{shape.name} base, {slots} slots: both engines start")
     with both(setup, setup, place / f"{slots}-slots") as sides:
         configs = effective(sides)
