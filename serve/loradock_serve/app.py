@@ -68,6 +68,7 @@ class Gateway:
     registry: Registry
     plan: Advice | None
     """What the base's engine is started with; None where it takes no adapters."""
+    pins: Pins
 
 
 def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine | None = None) -> Gateway:
@@ -113,7 +114,7 @@ def _join(
         turnstiles,
     )
     app = _application(config, store, registry, catalog, fleet, publisher, care, socket_dir, lock)
-    return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice)
+    return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice, care.pins)
 
 
 def _slots(fleet: Fleet, lora: LoraSizing | None) -> int | None:

@@ -224,10 +224,10 @@ async def test_pinned_name_whose_next_version_has_its_own_engine_waits_and_says_
 
 @pytest.fixture
 async def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
-    """A gateway with three slots and four adapters, one of them with an engine of its own."""
+    """A gateway with three slots and five adapters, one of them with an engine of its own."""
     async with serving(tmp_path, monkeypatch, engine={"max_loras": 3}) as served:
         await served.until_ready()
-        for number, name in enumerate(("sql", "chat", "code")):
+        for number, name in enumerate(("sql", "chat", "code", "late")):
             (await served.push(write_adapter(tmp_path / name, seed=number), name)).raise_for_status()
         (await served.push(write_adapter(tmp_path / "big", rank=100), "big")).raise_for_status()
         yield served
@@ -247,7 +247,7 @@ async def test_pin_over_http_is_in_its_slot_when_it_answers_and_stays_there(few:
     shown = (await few.client.get("/v1/adapters/sql")).json()
     assert shown["residency"]["pin"] == {"state": "held", "waits_for": None}
     rows = {row["name"]: row["pinned"] for row in (await few.client.get("/v1/adapters")).json()["data"]}
-    assert rows == {"sql": True, "chat": False, "code": False, "big": False}
+    assert rows == {"sql": True, "chat": False, "code": False, "late": False, "big": False}
     assert (await few.seen())["pinned"] == [shown["digest"]]
     freed = [(await few.client.delete("/v1/adapters/sql/pin")).json()["was_pinned"] for _ in range(2)]
     assert freed == [True, False]
@@ -268,6 +268,39 @@ async def test_pin_that_cannot_be_says_why(few: Served) -> None:
     assert message(full).startswith("2 of this server's 3 slots are pinned (sql, chat), and 2 may be")
     base = await few.client.post("/v1/adapters/tiny-base/pin")
     assert (base.status_code, "is the base of this server" in message(base)) == (409, True)
+
+
+async def test_others_share_what_a_pin_leaves_and_the_pinned_one_waits_for_nobody(few: Served) -> None:
+    await few.client.post("/v1/adapters/sql/pin")
+    await few.client.post("/v1/adapters/chat/pin")
+    running = asyncio.create_task(few.complete("code", "a !hang", stream=True))
+
+    async def runs() -> bool:
+        return any(request["body"]["prompt"] == "a !hang" for request in (await few.seen())["requests"])
+
+    await until(runs, "the request in the only slot left")
+    waiting = asyncio.create_task(few.complete("late", "x"))
+    for _ in range(3):
+        assert (await few.complete("sql", "quick")).status_code == 200
+    assert "x" not in [request["body"]["prompt"] for request in (await few.seen())["requests"]]
+    running.cancel()
+    assert (await waiting).status_code == 200
+
+
+async def test_pin_waits_until_requests_leave_it_a_slot(few: Served) -> None:
+    running = [asyncio.create_task(few.complete(name, "a !hang", stream=True)) for name in ("chat", "code", "late")]
+
+    async def run() -> bool:
+        return len((await few.seen())["requests"]) == 3
+
+    await until(run, "requests in all slots")
+    pin = asyncio.create_task(few.client.post("/v1/adapters/sql/pin"))
+    await until(lambda: few.gateway.pins.state_of("sql")[0] == "waiting", "the pin")
+    assert (await few.seen())["pinned"] == []
+    running[0].cancel()
+    assert (await pin).status_code == 200
+    for task in running[1:]:
+        task.cancel()
 
 
 async def test_pin_moves_with_a_push_and_ends_with_the_name(few: Served, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class FakeEngine:
             "lora_wrapper": "loradock_testing.fake_engine.FakeEngine",
             "corrected": os.environ.get("FAKE_ENGINE_CORRECTED", "1") == "1",
             "registered": list(self.adapters),
+            "max_loras": slots,
             "active": (self.in_slots + [None] * slots)[:slots],
             "loaded": sorted(self.adapters),
             "pinned": self.pinned,
