@@ -88,7 +88,12 @@ def test_plan_of_a_server_shows_what_runs_beside_it(
     with adapters_server() as server:
         server.plan = {"plan": plan | {"max_loras": 99, "notes": ["look out"]}, "running": plan}
         assert run(["plan", "--server", server.url]) == 0
-    captured = capsys.readouterr()
+        captured = capsys.readouterr()
+        monkeypatch.setenv("LORADOCK_SERVER", server.url)
+        assert run(["plan"]) == 0
+        assert capsys.readouterr() == captured
+        assert run(["plan", str(settings)]) == 0
+        assert "NOW" not in capsys.readouterr().out, "a file is about files"
     assert captured.out.splitlines()[0].split() == ["SETTING", "VALUE", "NOW", "COST", "WHY"]
     assert captured.out.splitlines()[1].split()[:3] == ["engine.max_loras", "99", "64"]
     assert captured.err == "- look out\n"

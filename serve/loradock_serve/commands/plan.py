@@ -1,5 +1,6 @@
 """`loradock plan [CONFIG.yaml]`: what a server would choose for itself, why, and what it costs in memory."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,7 @@ def plan(
         Path | None, typer.Option(help="The server's data directory (default ~/.local/share/loradock).")
     ] = None,
     server: Annotated[
-        str | None, typer.Option(help="Ask a running server instead of looking at files here.", metavar="URL")
+        str | None, typer.Option(help="Ask a running server; without any file, $LORADOCK_SERVER.", metavar="URL")
     ] = None,
     api_key: ApiKey = None,
     json: Json = False,
@@ -28,8 +29,11 @@ def plan(
     from loradock_adapters import console
     from loradock_adapters.errors import UsageError
 
-    if server is not None and (config is not None or base is not None or data_dir is not None):
+    of_files = config is not None or base is not None or data_dir is not None
+    if server is not None and of_files:
         raise UsageError("--server asks a running server: leave the file, --base and --data-dir out")
+    if not of_files and server is None:
+        server = os.environ.get("LORADOCK_SERVER")
     document = _asked(server, api_key) if server is not None else _here(config, {"base": base, "data_dir": data_dir})
     if json:
         console.out_json(document)
