@@ -13,6 +13,7 @@ from loradock_serve.engine_command import Machine
 from loradock_serve.errors import ServeConfigError
 from loradock_testing.gateway import Served, serving
 from loradock_testing.tiny_checkpoints import write_adapter, write_base, write_full_model
+from loradock_testing.waiting import until
 
 
 @pytest.fixture
@@ -36,6 +37,31 @@ async def test_adapter_pushed_while_running_answers_under_its_name(served: Serve
     answer = (await served.complete("first", "hello")).json()
     assert answer["model"] == "first"
     assert answer["choices"][0]["text"] == f"{body['digest']}:hello"
+
+
+async def test_adapter_is_packed_for_the_engine_when_it_is_pushed_and_unpacked_when_it_is_removed(
+    served: Served, tmp_path: Path
+) -> None:
+    await served.until_ready()
+    digest = (await served.push(write_adapter(tmp_path / "a"), "first")).json()["digest"]
+
+    packed = Path((await served.seen())["packed"][digest])
+    assert packed == served.data_dir / "packed" / f"{digest.removeprefix('sha256:')}-float32-cpu"
+    assert sorted(path.name for path in packed.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+    await served.client.delete("/v1/adapters/first")
+    await until(lambda: not packed.exists(), "the removal of the packed form")
+
+
+async def test_adapter_is_not_packed_where_there_is_to_be_no_room_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, monkeypatch, engine={"packed_adapters_gib": 0.0}) as served:
+        await served.until_ready()
+        digest = (await served.push(write_adapter(tmp_path / "a"), "first")).json()["digest"]
+
+        assert (await served.seen())["packed"] == {digest: None}
+        assert list((served.data_dir / "packed").iterdir()) == []
 
 
 async def test_stream_passes_events_and_hides_usage_that_was_not_asked_for(served: Served, tmp_path: Path) -> None:

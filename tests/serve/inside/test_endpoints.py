@@ -366,6 +366,7 @@ async def test_real_engine_reports_the_corrected_wrapper(engine: VllmServer) -> 
     assert status["lora_wrapper"] == CORRECTED_WRAPPER
     assert status["corrected"] is True
     assert (status["device"], status["max_loras"], len(status["active"])) == ("cpu", SLOTS, SLOTS)
+    assert (status["dtype"], status["lora_dtype"]) == ("float32", "float32")
 
 
 @pytest.mark.engine

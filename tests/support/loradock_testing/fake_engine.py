@@ -23,6 +23,8 @@ class FakeEngine:
         self.flags = flags
         self.base = flags["served_model_name"]
         self.adapters: dict[str, str] = {}
+        self.packed: dict[str, str | None] = {}
+        """Where it was told that the packed form of an adapter lies."""
         self.pinned: list[str] = []
         self.in_slots: list[str] = []
         """The least recently used first, as long as there are slots (`--max-loras`)."""
@@ -81,6 +83,7 @@ class FakeEngine:
         if os.environ.get("FAKE_ENGINE_REFUSES") == "1":
             return web.json_response({"error": {"message": "rank 99 is greater than max_lora_rank 64"}}, status=400)
         self.adapters[body["name"]] = body["path"]
+        self.packed[body["name"]] = body.get("packed")
         return web.json_response({})
 
     async def unload(self, request: web.Request) -> web.Response:
@@ -122,6 +125,7 @@ class FakeEngine:
                 "requests": self.requests,
                 "aborted": self.aborted,
                 "adapters": self.adapters,
+                "packed": self.packed,
                 "pinned": self.pinned,
                 "statuses": self.statuses,
             }
