@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -47,11 +47,16 @@ class _Hold:
 
     version: Version
     task: asyncio.Task[None] | None = None
+    """Ends when it is held, or will not be."""
     start: EngineStart | None = None
     """The start of the engine that holds it; None until it does."""
-    held: asyncio.Event = field(default_factory=asyncio.Event)
     trouble: str | None = None
     """Why it is not held yet, as far as that is known."""
+
+    @property
+    def gave_up(self) -> bool:
+        """The engine will not have it; whoever pins again has it tried again."""
+        return self.start is None and self.task is not None and self.task.done()
 
 
 class Pins:
@@ -77,6 +82,7 @@ class Pins:
         self._news = asyncio.Event()
         self._turn = asyncio.Lock()
         self._generation = -1
+        self._seen_slots: int | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -99,7 +105,7 @@ class Pins:
         hold = self._holds.get(version.digest)
         if hold is None:
             return "waiting", _why_not(version) or "there are more pins than slots to keep"
-        return ("held", None) if hold.held.is_set() else ("waiting", hold.trouble)
+        return ("held", None) if hold.start is not None else ("waiting", hold.trouble)
 
     async def pin(self, name: str, wait_s: float) -> Version:
         """Pin a name, and wait so long until its adapter is in its slot. Pinning it twice is pinning it once.
@@ -118,11 +124,12 @@ class Pins:
         async with self._turn:
             await self._check_room(name)
             await asyncio.to_thread(self._registry.pin, name)
+            if (hold := self._holds.get(version.digest)) is not None and hold.gave_up:
+                del self._holds[version.digest]
             await self._read()
         hold = self._holds.get(version.digest)
-        if hold is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(hold.held.wait(), wait_s)
+        if hold is not None and hold.task is not None:
+            await asyncio.wait([hold.task], timeout=wait_s)
         return version
 
     async def unpin(self, name: str) -> bool:
@@ -161,13 +168,13 @@ class Pins:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), LOOK_EVERY_S)
             current = self._fleet.base.current
-            elsewhere = any(hold.start is not None and hold.start is not current for hold in self._holds.values())
-            if elsewhere or self._registry.generation() != self._generation:
+            anew = any(hold.start is not None and hold.start is not current for hold in self._holds.values())
+            if anew or self._slots() != self._seen_slots or self._registry.generation() != self._generation:
                 return
 
     async def _read(self) -> None:
         """Look what is pinned, hold what is not held, and let go of what is held and pinned no more."""
-        self._generation = self._registry.generation()
+        self._generation, self._seen_slots = self._registry.generation(), self._slots()
         pinned = await asyncio.to_thread(self._registry.pins)
         self._names = {version.name: self._catalog.fit(version) for version in pinned}
         current = self._fleet.base.current
@@ -205,8 +212,7 @@ class Pins:
                 log.warning("%s cannot be pinned: %s", version.ref, error)
                 return
             else:
-                hold.start, hold.trouble = start, None
-                hold.held.set()
+                hold.start = start
                 log.info("%s is pinned to a slot", version.ref)
                 return
 

@@ -174,8 +174,12 @@ async def test_engine_that_goes_away_while_it_pins_is_asked_again(scene: Scene) 
 async def test_engine_that_refuses_is_not_asked_again_and_the_reason_is_told(scene: Scene) -> None:
     scene.publish("a", 1)
     scene.world.base.client.fails = [EngineRefusedError("no room")]
-    await scene.pins.pin("a", 0.05)
+    await scene.pins.pin("a", 60)  # does not wait for what will not come
     assert scene.pins.state_of("a") == ("waiting", "no room")
+    calls = len(scene.calls)
+    await scene.pins.pin("a", 5)
+    assert scene.pins.state_of("a") == ("held", None), "but by whoever pins again"
+    assert len(scene.calls) > calls
 
 
 async def test_last_slot_is_nobodys(scene: Scene) -> None:
@@ -209,6 +213,15 @@ async def test_engine_of_unknown_slots_cannot_pin(scene: Scene) -> None:
     scene.slots = None
     with pytest.raises(ConflictError, match="How many slots the attached engine has is not known"):
         await scene.pins.pin("a", 1)
+
+
+async def test_attached_engine_whose_slots_become_known_holds_what_is_pinned(scene: Scene) -> None:
+    scene.slots = None
+    scene.publish("a", 1)
+    scene.registry.pin("a")
+    await until(lambda: scene.pins.state_of("a")[0] == "waiting", "the pin")
+    scene.slots = 3
+    await until(lambda: scene.pins.state_of("a")[0] == "held", "the slot")
 
 
 async def test_pinned_name_whose_next_version_has_its_own_engine_waits_and_says_so(scene: Scene) -> None:
