@@ -74,6 +74,7 @@ class FakeEngine:
             "lora_dtype": "float32",
             "flags": self.flags,
         }
+        status |= {key: int(self.flags[key]) for key in ("max_loras", "max_num_seqs") if key in self.flags}
         return web.json_response(status)
 
     async def load(self, request: web.Request) -> web.Response:
