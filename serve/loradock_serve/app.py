@@ -15,6 +15,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
 from loradock_adapters.registry import Registry
@@ -273,7 +274,7 @@ def _application(
     app.include_router(ops_router(fleet, AdapterGauges(registry, catalog, care.residency), care.turnstiles))
 
     add_handlers(app)
-    return _OpenAIFirst(proxy, app)
+    return _OpenAIFirst(proxy, ProxyHeadersMiddleware(app))  # type: ignore[arg-type]  # uvicorn's own ASGI types
 
 
 class _OpenAIFirst:

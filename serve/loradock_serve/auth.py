@@ -6,6 +6,7 @@ A plain ASGI wrapper around the whole application, so that no route can be forgo
 import hmac
 import ipaddress
 from collections.abc import Iterable
+from functools import lru_cache
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -59,6 +60,7 @@ def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     return next((value for key, value in headers if key == name), b"")
 
 
+@lru_cache(maxsize=256)
 def _names_this_machine(host: bytes) -> bool:
     name = host.decode("latin-1").strip()
     name = name[1 : name.find("]")] if name.startswith("[") else name.rsplit(":", 1)[0]

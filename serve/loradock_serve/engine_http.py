@@ -18,9 +18,12 @@ from typing import cast
 
 import httptools
 
+from loradock_serve.batched_writes import batched_writes
+
 CONNECT_TIMEOUT_S = 10.0
 # Bytes of an answer that nobody has taken yet; over it, the engine has to wait.
 BUFFER_BYTES = 256 * 1024
+COPIED_BYTES = 32 * 1024
 CONNECTION_CLOSED = "the engine closed the connection"
 
 
@@ -41,6 +44,7 @@ class Answer:
         self._size = 0
         self._error: EngineGoneError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._loop = connection.loop
 
     @property
     def content_type(self) -> str:
@@ -87,7 +91,7 @@ class Answer:
         self._connection.release(self)
 
     async def _news(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._loop.create_future()
         try:
             await self._waiter
         finally:
@@ -129,6 +133,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, pool: "Pool") -> None:
         self.idle_since_s = 0.0
         self.lost = False
+        self.loop = asyncio.get_running_loop()
         self._pool = pool
         self._parser = httptools.HttpResponseParser(self)
         self._answer: Answer | None = None
@@ -138,10 +143,12 @@ class Connection(asyncio.Protocol):
         self._paused = False
 
     def ask(self, head: bytes, body: bytes) -> Answer:
-        """Send a request. No copy of the body is made."""
+        """Send a request."""
         self._answer = answer = Answer(self)
-        self._transport.write(head)
-        if body:
+        if len(body) <= COPIED_BYTES:  # copying it costs less than a second system call
+            self._writes.write(self._transport, head + body)
+        else:
+            self._transport.write(head)
             self._transport.write(body)
         return answer
 
@@ -176,6 +183,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """asyncio."""
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of asyncio's
+        self._writes = batched_writes()
 
     def data_received(self, data: bytes) -> None:
         """asyncio."""

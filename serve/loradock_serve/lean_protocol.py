@@ -24,6 +24,8 @@ from starlette.types import ASGIApp, Message, Scope
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from loradock_serve.batched_writes import batched_writes
+
 HANG_UP = "loradock.hang_up"
 BODY = "http.response.body"
 
@@ -45,6 +47,7 @@ class LeanCycle:
         self._protocol = protocol
         self._transport: asyncio.Transport = protocol.transport
         self._flow: FlowControl = protocol.flow
+        self._writes = protocol.writes
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._more_body = True
@@ -101,6 +104,7 @@ class LeanCycle:
             await self._fail()
         finally:
             if not self.response_complete and not self.disconnected:
+                self._writes.flush()
                 self._transport.close()
 
     async def _fail(self) -> None:
@@ -120,7 +124,7 @@ class LeanCycle:
                 self._body_given = not self._more_body
                 return {"type": "http.request", "body": data, "more_body": self._more_body}
             self._flow.resume_reading()
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._waiter = self._protocol.loop.create_future()
             try:
                 await self._waiter
             finally:
@@ -156,7 +160,7 @@ class LeanCycle:
             self._response_started, self._missing_bytes = False, -1
             raise RuntimeError("a header's value holds a line end")
         if self._missing_bytes < 0:
-            self._transport.write(head + b"\r\n")
+            self._writes.write(self._transport, head + b"\r\n")
         else:
             self._held = head + b"\r\n"
 
@@ -165,16 +169,17 @@ class LeanCycle:
             self._missing_bytes -= len(data)
             if self._missing_bytes < 0 or (self._missing_bytes and not more):
                 raise RuntimeError("the answer is not as long as its content-length")
-            self._transport.write(self._held + data if self._held else data)
+            self._writes.write(self._transport, self._held + data if self._held else data)
             self._held = b""
         elif data:
             end = b"\r\n" if more else b"\r\n0\r\n\r\n"
-            self._transport.write(b"%x\r\n%b%b" % (len(data), data, end))
+            self._writes.write(self._transport, b"%x\r\n%b%b" % (len(data), data, end))
         elif not more:
-            self._transport.write(b"0\r\n\r\n")
+            self._writes.write(self._transport, b"0\r\n\r\n")
         if not more:
             self.response_complete = True
             if not self.keep_alive:
+                self._writes.flush()
                 self._transport.close()
             self._protocol.on_response_complete()
             self.set()
@@ -188,6 +193,11 @@ class LeanProtocol(HttpToolsProtocol):
     _lean: LeanCycle | None = None
     """The latest request that took it."""
     _idle_since_s: float | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """asyncio."""
+        super().connection_made(transport)
+        self.writes = batched_writes()
 
     # httptools
 

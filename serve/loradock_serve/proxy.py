@@ -8,12 +8,9 @@ hangs up aborts its request in the engine, an engine that dies ends the stream w
 uploads.
 """
 
-import asyncio
-import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator
 
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +18,7 @@ from loradock_adapters.errors import LoradockError
 from loradock_serve import metrics, rewrite
 from loradock_serve.asks import ask_of, timeout_of
 from loradock_serve.catalog import Catalog, Resolved
+from loradock_serve.comments import Comments
 from loradock_serve.cut_short import ClientGoneError, CutShort
 from loradock_serve.engine_http import Answer, EngineGoneError
 from loradock_serve.errors import (
@@ -39,7 +37,6 @@ from loradock_serve.turnstile import Turn, Turnstiles
 
 log = logging.getLogger("loradock.requests")
 
-HOLD_COMMENT_EVERY_S = 5.0
 EXAMINED_WITHIN_S = 1.0
 MAX_ERROR_BYTES = 64 * 1024
 FORWARDED = (b"x-request-id", b"traceparent", b"tracestate")
@@ -95,7 +92,7 @@ class OpenAIProxy:
         reply.model = rewrite.model_of(payload)
         resolved = self._catalog.resolve_to_answer(reply.model)
         reply.version = resolved.version
-        out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour)
+        out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour, body)
         ask = ask_of(payload, len(body), resolved.version.digest if resolved.version else None, deadline_at)
         if not await self._attempt(scope, reply, resolved, out, ask):
             # The engine did not know the adapter: something else restarted it, or a removal overtook this request.
@@ -105,14 +102,34 @@ class OpenAIProxy:
         self, scope: Scope, reply: Reply, resolved: Resolved, out: rewrite.Outgoing, ask: Ask, *, last: bool = False
     ) -> bool:
         """False where the engine does not know the adapter, and nothing has been answered."""
+        arrived_at: float | None = None
+        async with Comments(reply, f"waiting for the engine of {resolved.public_name}", wanted=out.streams) as comments:
+            while True:
+                async with (
+                    self._fleet.lease(resolved.version) as target,
+                    self._turnstiles.turn(target, ask, arrived_at) as turn,
+                ):
+                    if turn.is_current:
+                        await comments.stop()
+                        return await self._exchange(scope, reply, resolved, out, target, turn, last=last)
+                    arrived_at = turn.arrived_at  # its engine ended while it waited: it keeps its age on the next start
+
+    async def _exchange(
+        self,
+        scope: Scope,
+        reply: Reply,
+        resolved: Resolved,
+        out: rewrite.Outgoing,
+        target: Target,
+        turn: Turn,
+        *,
+        last: bool,
+    ) -> bool:
+        """As `_attempt`, on an engine that is ready and has the adapter, with a turn on it."""
         path = scope["path"]
-        async with contextlib.AsyncExitStack() as stack:
-            async with _comments(reply, out.streams, resolved):
-                target, turn = await self._turn(stack, resolved, ask)
-            reply.queue_s = turn.waited_s
-            headers = _engine_headers(scope, reply.request_id)
-            try:
-                answer = await stack.enter_async_context(target.client.post(path, out.body, headers))
+        reply.queue_s = turn.waited_s
+        try:
+            async with target.client.post(path, out.body, _engine_headers(scope, reply.request_id)) as answer:
                 if answer.status == 404 and resolved.is_adapter and not last:
                     self._fleet.lost(target)
                     return False
@@ -122,27 +139,12 @@ class OpenAIProxy:
                     await _stream(answer, target, out, reply, turn)
                 else:
                     await _whole(answer, out, reply, turn)
-            except EngineGoneError as error:
-                await target.engine.examine(EXAMINED_WITHIN_S)
-                raise EngineUnavailableError(
-                    f"The engine of {resolved.public_name!r} went away while it was answering; it is being restarted"
-                ) from error
+        except EngineGoneError as error:
+            await target.engine.examine(EXAMINED_WITHIN_S)
+            raise EngineUnavailableError(
+                f"The engine of {resolved.public_name!r} went away while it was answering; it is being restarted"
+            ) from error
         return True
-
-    async def _turn(self, stack: contextlib.AsyncExitStack, resolved: Resolved, ask: Ask) -> tuple[Target, Turn]:
-        """An engine that is ready and has the adapter, and a turn on it, until the stack ends.
-
-        A request whose engine ended while it waited keeps its age, on the engine's next start.
-        """
-        arrived_at: float | None = None
-        while True:
-            async with contextlib.AsyncExitStack() as attempt:
-                target = await attempt.enter_async_context(self._fleet.lease(resolved.version))
-                turn = await attempt.enter_async_context(self._turnstiles.turn(target, ask, arrived_at))
-                if turn.is_current:
-                    await stack.enter_async_context(attempt.pop_all())
-                    return target, turn
-                arrived_at = turn.arrived_at
 
 
 async def _pass_error(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, path: str) -> None:
@@ -156,26 +158,6 @@ async def _pass_error(answer: Answer, target: Target, out: rewrite.Outgoing, rep
     if not 400 <= answer.status < 600:
         raise EngineError(f"The engine of {out.public_name!r} answered with status {answer.status}")
     await reply.fail_with(answer.status, error)
-
-
-@contextlib.asynccontextmanager
-async def _comments(reply: Reply, streams: bool, resolved: Resolved) -> AsyncIterator[None]:
-    """While the block waits for an engine, show a streaming client that its request lives."""
-
-    async def every_few_seconds() -> None:
-        while True:
-            await asyncio.sleep(HOLD_COMMENT_EVERY_S)
-            await reply.comment(f"waiting for the engine of {resolved.public_name}")
-
-    if not streams:
-        yield
-        return
-    task = asyncio.create_task(every_few_seconds())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _stream(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, turn: Turn) -> None:

@@ -5,12 +5,14 @@ and on chat requests the adapter's own chat template and stop tokens. `priority`
 through as it came. Pure; knows no engine.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loradock_serve.errors import BadRequestError
+from loradock_serve.splice import written
 from loradock_serve.sse import StreamRewriter
 
 CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES = (
@@ -19,6 +21,9 @@ CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES = (
     "/v1/embeddings",
     "/v1/responses",
 )
+
+
+DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,19 @@ def model_field(name: str) -> bytes:
 def parse_body(body: bytes) -> dict[str, Any]:
     """The request's JSON object; BadRequestError where it is none."""
     try:
-        payload = json.loads(body)
+        payload = _loads(body)
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"The body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(payload, dict):
         raise BadRequestError("The body must be a JSON object", code="invalid_json")
     return payload
+
+
+def _loads(body: bytes) -> Any:
+    if b"\0" not in body[:4]:  # json looks at each byte of these for an encoding, which costs as much as the rest
+        with contextlib.suppress(UnicodeDecodeError):
+            return json.loads(body.decode("utf-8-sig"))
+    return json.loads(body)
 
 
 def model_of(payload: Mapping[str, Any]) -> str:
@@ -72,9 +84,17 @@ def model_of(payload: Mapping[str, Any]) -> str:
 
 
 def outgoing(
-    path: str, payload: Mapping[str, Any], engine_name: str, public_name: str, behaviour: Behaviour
+    path: str,
+    payload: Mapping[str, Any],
+    engine_name: str,
+    public_name: str,
+    behaviour: Behaviour,
+    body: bytes = b"",
 ) -> Outgoing:
-    """The request as the engine is to get it. Raises BadRequestError for what clients may not set."""
+    """The request as the engine is to get it; `body` is what `payload` was parsed from, if it still exists.
+
+    Raises BadRequestError for what clients may not set.
+    """
     _refuse_chat_template(payload)
     sent = dict(payload) | {"model": engine_name}
     sent.pop("priority", None)  # the gateway's queue minds it; engines refuse it
@@ -93,7 +113,7 @@ def outgoing(
         sent["chat_template"] = behaviour.chat_template
     if path in (CHAT, COMPLETIONS) and behaviour.stop_token_ids and payload.get("stop_token_ids") is None:
         sent["stop_token_ids"] = list(behaviour.stop_token_ids)
-    return Outgoing(json.dumps(sent).encode(), streams, hide_usage, engine_name, public_name)
+    return Outgoing(written(body, payload, sent), streams, hide_usage, engine_name, public_name)
 
 
 def _refuse_chat_template(payload: Mapping[str, Any]) -> None:
@@ -129,7 +149,7 @@ def incoming(answer: bytes, out: Outgoing) -> tuple[bytes, Any]:
         return answer, None
     # The usage object stands near the end; reading just it spares parsing megabytes of embeddings.
     try:
-        usage, _ = json.JSONDecoder().raw_decode(answer[start + len(b'"usage":') :].decode())
+        usage, _ = DECODER.raw_decode(answer[start + len(b'"usage":') :].decode())
     except ValueError:
         return answer, None
     return answer, usage

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from loradock_serve import metrics, proxy
+from loradock_serve import comments, metrics, proxy
 from loradock_serve.engine import Engine
 from loradock_testing.gateway import Served
 from loradock_testing.tiny_checkpoints import write_adapter, write_full_model
@@ -319,7 +319,7 @@ async def test_client_that_leaves_while_its_engine_starts_leaves_nothing(
 
 
 async def test_held_stream_shows_life_and_then_answers(shared: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "HOLD_COMMENT_EVERY_S", 0.01)
+    monkeypatch.setattr(comments, "EVERY_S", 0.01)
     may_start = hold_back(monkeypatch)
     waiting = ": waiting for the engine of base"
     async with open_stream(shared, "a") as answer:
@@ -332,7 +332,7 @@ async def test_held_stream_shows_life_and_then_answers(shared: Served, monkeypat
 
 
 async def test_failure_after_comments_is_one_error_event(shared: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "HOLD_COMMENT_EVERY_S", 0.01)
+    monkeypatch.setattr(comments, "EVERY_S", 0.01)
     may_start = hold_back(monkeypatch)
     async with open_stream(shared, "!400") as answer:
         lines = answer.aiter_lines()

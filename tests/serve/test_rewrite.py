@@ -106,6 +106,15 @@ def test_body_that_is_no_json_is_refused(body: bytes) -> None:
     assert caught.value.code == "invalid_json"
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-le"])
+def test_body_may_have_any_encoding_of_json(encoding: str) -> None:
+    assert rewrite.parse_body('{"model": "ü"}'.encode(encoding)) == {"model": "ü"}
+
+
+def test_body_with_half_a_surrogate_pair_is_read_as_json_reads_it() -> None:
+    assert rewrite.parse_body(b'{"x": "\xed\xa0\xbd"}') == {"x": "\ud83d"}
+
+
 @pytest.mark.parametrize("body", [b"[]", b"1", b"null", b'"x"'])
 def test_body_that_is_no_object_is_refused(body: bytes) -> None:
     with pytest.raises(BadRequestError, match="The body must be a JSON object"):

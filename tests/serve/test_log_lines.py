@@ -1,0 +1,81 @@
+"""The server's log lines: none lost, none out of order, and those that may wait do not wait long."""
+
+import io
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from loradock_serve import log_lines
+from loradock_serve.log_lines import LogLines
+from loradock_testing.waiting import until
+
+REQUESTS = "test.requests"
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    stream = io.StringIO()
+    handler = LogLines(stream, REQUESTS)
+    root = logging.getLogger("test")
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    root.addHandler(handler)
+    yield stream
+    root.removeHandler(handler)
+    root.propagate = True
+
+
+def messages(stream: io.StringIO) -> list[str]:
+    return [line.split(": ", 1)[1] for line in stream.getvalue().splitlines()]
+
+
+async def test_lines_about_requests_wait_for_each_other_and_not_for_long(stream: io.StringIO) -> None:
+    for number in range(3):
+        logging.getLogger(REQUESTS).info("request %d", number)
+    assert messages(stream) == []
+    await until(lambda: bool(messages(stream)), "the lines")
+    assert messages(stream) == ["request 0", "request 1", "request 2"]
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+async def test_any_other_line_is_written_at_once_and_takes_the_waiting_along(stream: io.StringIO, level: int) -> None:
+    logging.getLogger(REQUESTS).info("first")
+    logging.getLogger("test.other" if level == logging.INFO else REQUESTS).log(level, "second")
+    assert messages(stream) == ["first", "second"]
+
+
+async def test_many_lines_do_not_pile_up(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_lines, "MAX_WAITING", 10)
+    for number in range(15):
+        logging.getLogger(REQUESTS).info("%d", number)
+    assert messages(stream) == [str(number) for number in range(10)]
+
+
+def test_without_an_event_loop_nothing_waits(stream: io.StringIO) -> None:
+    logging.getLogger(REQUESTS).info("alone")
+    assert messages(stream) == ["alone"]
+
+
+async def test_what_waits_at_the_end_is_written_by_a_flush(stream: io.StringIO) -> None:
+    logging.getLogger(REQUESTS).info("last")
+    for handler in logging.getLogger("test").handlers:
+        handler.flush()
+    assert messages(stream) == ["last"]
+
+
+def test_time_is_written_as_logging_writes_it(stream: io.StringIO) -> None:
+    record = logging.LogRecord("n", logging.INFO, "p", 1, "m", None, None)
+    for created, msecs in ((1_700_000_000.25, 250.0), (1_700_000_000.75, 750.0), (1_700_000_001.0, 0.0)):
+        record.created, record.msecs = created, msecs
+        expected = logging.Formatter("%(asctime)s").format(record)
+        assert log_lines._Formatter("%(asctime)s").format(record) == expected
+
+
+def test_handler_times_of_one_second_differ_in_milliseconds(stream: io.StringIO) -> None:
+    formatter = log_lines._Formatter("%(asctime)s")
+    record = logging.LogRecord("n", logging.INFO, "p", 1, "m", None, None)
+    record.created, record.msecs = 1_700_000_000.0, 0.0
+    first = formatter.format(record)
+    record.msecs = 999.0
+    assert formatter.format(record) == first.replace(",000", ",999")
