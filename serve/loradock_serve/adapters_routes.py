@@ -19,12 +19,11 @@ from loradock_serve.errors import BadRequestError, LengthRequiredError, TooLarge
 from loradock_serve.metrics import UPLOADED_BYTES
 from loradock_serve.pins import Pins
 from loradock_serve.publish import Publisher
+from loradock_serve.residency import Look
 from loradock_serve.states import States
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 1024**2
-PIN_WAIT_S = 30.0
-"""How long an answer waits for the adapter to be in its slot; then it says that it is on its way (202)."""
 WRITE_AT_ONCE_BYTES = 4 * 1024**2
 """Chunks are gathered up to this size before a thread writes and hashes them: a thread hop for 64 KiB costs more than
 the work."""
@@ -64,19 +63,14 @@ def adapters_router(
     @router.get("")
     async def all_adapters() -> Response:
         look = await states.look()
-        versions = [catalog.fit(version) for version in registry.models()]
-        data = [
-            summary(version, states.of(version))
-            | {"residency": states.place(version, look), "pinned": pins.state_of(version.name)[0] is not None}
-            for version in versions
-        ]
+        data = [_row(version, states, pins, look) for version in map(catalog.fit, registry.models())]
         return JSONResponse({"object": "list", "data": data})
 
     @router.get("/{name}")
     async def one_adapter(name: str) -> Response:
         versions = [catalog.fit(version) for version in registry.versions(check_name(name))]
         current = next(version for version in versions if version.current)
-        return JSONResponse(await whole(current, versions))
+        return JSONResponse(await _whole(current, versions, states, pins))
 
     @router.delete("/{name}")
     async def remove(name: str) -> Response:
@@ -91,29 +85,19 @@ def adapters_router(
         version = catalog.fit(await publisher.roll_back(check_name(name), number))
         return JSONResponse(summary(version, states.of(version)))
 
-    @router.post("/{name}/pin")
-    async def pin(name: str) -> Response:
-        version = await pins.pin(check_name(name), PIN_WAIT_S)
-        held = pins.state_of(name)[0] == "held"
-        residency = states.residency(version, await states.look())
-        return JSONResponse(pin_summary(version) | {"pinned": True, "residency": residency}, 200 if held else 202)
-
-    @router.delete("/{name}/pin")
-    async def unpin(name: str) -> Response:
-        was_pinned = await pins.unpin(check_name(name))
-        return JSONResponse({"name": name, "pinned": False, "was_pinned": was_pinned})
-
-    async def whole(current: Version, versions: list[Version]) -> dict[str, Any]:
-        residency = states.residency(current, await states.look())
-        pinned = pins.state_of(current.name)[0] is not None
-        return details(current, versions, states.of(current)) | {"pinned": pinned, "residency": residency}
-
     return router
 
 
-def pin_summary(version: Version) -> dict[str, Any]:
-    """A name whose pin was changed."""
-    return {"name": version.name, "current_version": version.number, "digest": version.digest}
+def _row(version: Version, states: States, pins: Pins, look: Look) -> dict[str, Any]:
+    pinned = pins.state_of(version.name)[0] is not None
+    where = {"residency": states.place(version, look), "pinned": pinned}
+    return summary(version, states.of(version)) | where
+
+
+async def _whole(current: Version, versions: list[Version], states: States, pins: Pins) -> dict[str, Any]:
+    residency = states.residency(current, await states.look())
+    pinned = pins.state_of(current.name)[0] is not None
+    return details(current, versions, states.of(current)) | {"pinned": pinned, "residency": residency}
 
 
 def summary(version: Version, state: str) -> dict[str, Any]:

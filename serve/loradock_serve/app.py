@@ -43,6 +43,7 @@ from loradock_serve.models_routes import models_router
 from loradock_serve.ops_routes import ops_router
 from loradock_serve.packing import PackedAdapters
 from loradock_serve.pins import Pins
+from loradock_serve.pins_routes import pins_router
 from loradock_serve.plan import make_plan
 from loradock_serve.plan_routes import plan_router
 from loradock_serve.proxy import OpenAIProxy
@@ -270,6 +271,7 @@ def _application(
     app.include_router(models_router(catalog, publisher, states))
     limit = config.max_upload_bytes
     app.include_router(adapters_router(store, registry, catalog, publisher, states, care.pins, max_upload_bytes=limit))
+    app.include_router(pins_router(care.pins, states))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))
     app.include_router(ops_router(fleet, AdapterGauges(registry, catalog, care.residency), care.turnstiles))
 
