@@ -71,7 +71,7 @@ def _write(directory: Path, config: LlamaConfig, seed: int) -> Path:
 
 def _modules(config: LlamaConfig, targets: Sequence[str]) -> Iterator[_Module]:
     hidden, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
-    assert hidden is not None and inner is not None and vocab is not None
+    assert None not in (hidden, inner, vocab)
     kv = hidden // config.num_attention_heads * (config.num_key_value_heads or 0)
     sizes = {"q_proj": (hidden, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, hidden)}
     sizes |= {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
@@ -85,9 +85,7 @@ def _modules(config: LlamaConfig, targets: Sequence[str]) -> Iterator[_Module]:
             yield _Module(name, vocab, hidden)
 
 
-def _pair(
-    module: _Module, rank: int, scaling: float, spread: float, random: np.random.Generator
-) -> dict[str, Floats]:
+def _pair(module: _Module, rank: int, scaling: float, spread: float, random: np.random.Generator) -> dict[str, Floats]:
     """A and B under PEFT's names, such that scaling * B A has about the spread of the base's own weights."""
     size = spread / (scaling * rank**0.5)
     name = f"base_model.model.{module.name}"

@@ -49,7 +49,8 @@ class Truth:
     """A base, and what it answers with any adapter on it."""
 
     def __init__(self, base_dir: Path) -> None:
-        self._model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+        self._model = model.eval()
 
     @torch.inference_mode()
     def judge(
