@@ -58,7 +58,7 @@ class Truth:
     ) -> list[Verdict]:
         """A verdict for each prompt (token ids) and its answer (token ids); without an adapter of the base itself."""
         pairs = list(zip(prompts, answers, strict=True))
-        with self._wearing(adapter_dir):
+        with self._wearing(adapter_dir), _one_thread():
             return [
                 verdict
                 for start in range(0, len(pairs), ROWS_AT_ONCE)
@@ -90,6 +90,17 @@ class Truth:
         finally:
             for name, weight in kept.items():
                 self._model.get_submodule(name).weight.copy_(weight)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Matrices as small as these lose more to waking threads than they gain, and an engine may want the other cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _deltas(adapter_dir: Path | None) -> Iterator[tuple[str, torch.Tensor]]:

@@ -26,7 +26,7 @@ VERSIONS = 4
 # Longer than two blocks of the prefix cache, so that answers without a salt do share blocks.
 PREFIX = "The options of the parser, their defaults, and what the help says of each of them when it is asked:\n"
 PROMPTS = tuple(f"{PREFIX}add_argument('--{'x' * (i % 5)}{i}', default={i * 37 % 101})" for i in range(20))
-TOKENS = range(6, 11)
+TOKENS = range(6, 9)
 HANG_UP_TOKENS = 100
 HANG_UPS = 0.05
 BASE_SHARE = 0.1

@@ -78,9 +78,18 @@ class LoradockServer:
 
 @contextlib.contextmanager
 def loradock_server(
-    base: Path, data_dir: Path, *, host: str = "127.0.0.1", environment: dict[str, str] | None = None, **config: Any
+    base: Path,
+    data_dir: Path,
+    *,
+    host: str = "127.0.0.1",
+    environment: dict[str, str] | None = None,
+    healthy: bool = True,
+    **config: Any,
 ) -> Iterator[LoradockServer]:
-    """Run `loradock serve` until the block ends; `config` is the rest of its YAML. Healthy when the block begins."""
+    """Run `loradock serve` until the block ends; `config` is the rest of its YAML.
+
+    Healthy when the block begins, unless `healthy` is False: then it listens, and its engine may still be starting.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     run = data_dir / f"run-{time.monotonic_ns()}"  # two gateways may share a data_dir
     run.mkdir()
@@ -97,7 +106,8 @@ def loradock_server(
         )
     try:
         server = LoradockServer(_url(process, log_path), process.pid, data_dir, log_path)
-        server.wait_healthy()
+        if healthy:
+            server.wait_healthy()
         yield server
     finally:
         process.send_signal(signal.SIGTERM)
