@@ -58,7 +58,7 @@ class Truth:
     ) -> list[Verdict]:
         """A verdict for each prompt (token ids) and its answer (token ids); without an adapter of the base itself."""
         pairs = list(zip(prompts, answers, strict=True))
-        with self._wearing(adapter_dir), _one_thread():
+        with _one_thread(), self._wearing(adapter_dir):
             return [
                 verdict
                 for start in range(0, len(pairs), ROWS_AT_ONCE)
