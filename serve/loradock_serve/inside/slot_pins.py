@@ -3,9 +3,9 @@
 vLLM's scheduler does not know of pins: with two slots, one pinned, and two other adapters in a batch, the step raises
 and the engine dies. The gateway's admission keeps such batches away; should one come all the same (an engine that two
 gateways share), a pin gives way for that step here, and is taken again as soon as there is room. vLLM has no unpin.
-The touches, all of one worker's manager: `LRUCacheWorkerLoRAManager._apply_adapters` and, of its `_adapter_manager`,
-`pin_adapter`, `remove_adapter`, `lora_slots`, `capacity`, and `pinned_items` and `_unpin` of its `_active_adapters` and
-`_registered_adapters`.
+The touches, all of one worker's manager: `LRUCacheWorkerLoRAManager._apply_adapters` and `remove_adapter` and, of its
+`_adapter_manager`, `pin_adapter`, `lora_slots`, `capacity`, and `pinned_items` and `_unpin` of its `_active_adapters`
+and `_registered_adapters`.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ class SlotPins:
         self._wanted: dict[int, None] = {}
         """vLLM's numbers of the pinned adapters, in the order of their pinning; whether or not one gives way now."""
         self._watch_steps(lora_manager)
-        self._watch_removals()
+        self._watch_removals(lora_manager)
 
     @property
     def pinned(self) -> list[int]:
@@ -77,14 +77,16 @@ class SlotPins:
             if adapter in memory and len(batch | active.pinned_items | {adapter}) <= self._manager.lora_slots:
                 self._manager.pin_adapter(adapter)
 
-    def _watch_removals(self) -> None:
-        stock: Callable[[int], bool] = self._manager.remove_adapter
+    def _watch_removals(self, lora_manager: Any) -> None:
+        """An adapter that is unloaded is pinned no more. (The manager inside removes and adds one that it reads again:
+        that is no unloading.)"""
+        stock: Callable[[int], bool] = lora_manager.remove_adapter
 
         def remove_adapter(adapter_id: int) -> bool:
             self._wanted.pop(adapter_id, None)
             return stock(adapter_id)
 
-        self._manager.remove_adapter = remove_adapter
+        lora_manager.remove_adapter = remove_adapter
 
 
 def _let_go(cache: Any, adapter: int) -> None:

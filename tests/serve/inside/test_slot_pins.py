@@ -52,6 +52,19 @@ def test_batch_that_leaves_no_slot_for_a_pin_runs_and_the_pin_comes_back() -> No
     assert 1 in worker.slots
 
 
+def test_pin_of_an_adapter_that_had_to_leave_host_memory_comes_back_with_it() -> None:
+    worker, pins = pinned(2, 1, cached=2)
+
+    worker.batch(2, 3)
+    assert 1 not in worker._adapter_manager.list_adapters()
+    worker.batch(1)
+
+    assert pins.pinned == [1]
+    worker.batch(4)
+    worker.batch(5)
+    assert 1 in worker.slots
+
+
 def test_unpinned_adapter_leaves_when_others_need_its_slot() -> None:
     worker, pins = pinned(2, 1)
 
