@@ -10,11 +10,13 @@ nobody waits any more.
 
 import asyncio
 import contextlib
+import ssl
 import time
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
 from typing import cast
+from urllib.parse import urlsplit
 
 import httptools
 
@@ -271,15 +273,18 @@ class Exchange:
 
 
 class Pool:
-    """The connections to one engine, at `unix:///path` or `http://host:port`."""
+    """The connections to one engine, at `unix:///path`, `http://host:port` or `https://host:port`, a path maybe behind
+    it."""
 
     def __init__(self, url: str, *, keep_alive_s: float) -> None:
         """`keep_alive_s`: how long an unused connection is trusted; below the engine's own, so that none is met while
         it is being closed."""
         self._path = url.removeprefix("unix://") if url.startswith("unix://") else None
-        host, _, port = url.rstrip("/").rpartition("//")[2].rpartition(":")
-        self._host, self._port = (host.strip("[]"), int(port)) if self._path is None else ("", 0)
-        self._name = b"engine" if self._path is not None else f"{host}:{port}".encode("latin-1")
+        parts = urlsplit(url if self._path is None else "http://engine")
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._host, self._port = parts.hostname or "", parts.port or (443 if self._tls else 80)
+        self._name = parts.netloc.rpartition("@")[2].encode("latin-1")
+        self._prefix = parts.path.rstrip("/")
         self._keep_alive_s = keep_alive_s
         self._idle: deque[Connection] = deque()
         self._all: set[Connection] = set()
@@ -297,7 +302,7 @@ class Pool:
         start = self._heads.get((method, path))
         if start is None:
             # Answers go on to clients as they are, so they must not come compressed.
-            lines = f"{method} {path} HTTP/1.1\r\nhost: ".encode("latin-1") + self._name
+            lines = f"{method} {self._prefix}{path} HTTP/1.1\r\nhost: ".encode("latin-1") + self._name
             start = self._heads[(method, path)] = lines + b"\r\naccept-encoding: identity\r\ncontent-length: "
         rest = "".join([f"\r\n{name}: {value}" for name, value in headers.items()])
         return b"%b%d%b\r\n\r\n" % (start, body_bytes, rest.encode("latin-1"))
@@ -321,7 +326,9 @@ class Pool:
                 if self._path is not None:
                     _, connection = await loop.create_unix_connection(lambda: Connection(self), self._path)
                 else:
-                    _, connection = await loop.create_connection(lambda: Connection(self), self._host, self._port)
+                    _, connection = await loop.create_connection(
+                        lambda: Connection(self), self._host, self._port, ssl=self._tls
+                    )
         except TimeoutError:
             raise EngineGoneError(f"the engine takes no connection within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as error:

@@ -263,6 +263,35 @@ async def test_engine_reached_over_tcp_hears_its_own_name(tmp_path: Path) -> Non
     server.close()
 
 
+async def test_engine_behind_a_path_is_asked_there() -> None:
+    peer = Peer()
+    peer.answers = [[sized(b"yes")]]
+    server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
+    pool = Pool(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/engines/7/", keep_alive_s=60)
+    assert await ask(pool) == (200, b"yes")
+    assert peer.requests[0].split(b" ")[1].startswith(b"/engines/7/")
+    await pool.close(0)
+    server.close()
+
+
+async def test_engine_that_is_to_be_reached_over_tls_is_never_asked_in_the_open() -> None:
+    peer = Peer()
+    peer.answers = [[sized(b"yes")]]
+    server = await asyncio.start_server(peer.serve, "127.0.0.1", 0)
+    pool = Pool(f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}", keep_alive_s=60)
+    with pytest.raises(EngineGoneError):
+        await asyncio.wait_for(ask(pool), 20)
+    assert not peer.requests
+    server.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "port"), [("http://engine.lan", 80), ("https://engine.lan", 443), ("http://[::1]:81", 81)]
+)
+def test_port_of_an_engine_is_the_schemes_where_none_is_named(url: str, port: int) -> None:
+    assert Pool(url, keep_alive_s=60)._port == port
+
+
 async def test_closing_lets_answers_end_and_then_breaks_them(both: tuple[Peer, Pool]) -> None:
     peer, pool = both
     peer.answers = [[HEAD + b"content-length: 4\r\n\r\nha", b"WAIT", b"lf"], [b"WAIT"]]
