@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import httpx
@@ -118,8 +119,10 @@ async def test_every_answer_in_churn_is_its_versions_own(
     counts = {key: after.status["counts"][key] - value for key, value in before.status["counts"].items()}
     hits = after.metric("prefix_cache_hits_total") - before.metric("prefix_cache_hits_total")
     log.info(
-        "%d answers in %.0f s: %d wrong, %d stale, %d near ties; %s; engine: %s; prefix cache: %d tokens",
-        *(len(judged), report.seconds, len(wrong), len(report.stale), near_ties, dict(report.happened), counts, hits),
+        "%d answers in %.0f s: %d wrong, %d stale, %d near ties; %s, each switch %.1f s at the median, %.1f at most; "
+        "engine: %s; prefix cache: %d tokens",
+        *(len(judged), report.seconds, len(wrong), len(report.stale), near_ties, dict(report.happened)),
+        *(median(report.switch_s), max(report.switch_s), counts, hits),
     )
     assert wrong == []
     assert report.stale == []

@@ -25,6 +25,7 @@ IN_FLIGHT = 48
 PUSHES_AT_ONCE = 8
 SWITCH_EVERY, PIN_EVERY, REMOVE_EVERY, RETURN_AFTER = 25, 40, 150, 50
 """In answers."""
+SWITCHERS = 4
 PINS = 2
 """At once; a name that is about to be removed may be a third."""
 LONGEST_WAIT_S = 0.3
@@ -52,6 +53,8 @@ class Report:
     stale: list[str] = field(default_factory=list)
     """Answers by a version that the name did not point at, or not the one that was asked for."""
     happened: Counter[str] = field(default_factory=Counter)
+    switch_s: list[float] = field(default_factory=list)
+    """How long it took until a new or an old version was a name's."""
     seconds: float = 0.0
 
 
@@ -108,9 +111,9 @@ class Churn:
         async with asyncio.TaskGroup() as group:
             for _ in range(IN_FLIGHT):
                 group.create_task(self._client(api, stream, report, progress, f"run-{seed}-" * (not share_cache)))
-            for turn in range(2):
+            for turn in range(SWITCHERS):
                 chance = random.Random(f"{seed} {turn}")
-                group.create_task(self._switch(api, MOVING[turn::2], report, progress, chance))
+                group.create_task(self._switch(api, MOVING[turn::SWITCHERS], report, progress, chance))
             group.create_task(self._pin(api, report, progress, random.Random(seed)))
             group.create_task(self._remove(api, report, progress, random.Random(seed)))
         report.seconds = time.monotonic() - began
@@ -193,13 +196,14 @@ class Churn:
         self, api: Api, names: Sequence[str], report: Report, progress: Progress, chance: random.Random
     ) -> None:
         """New versions of these names, and back to old ones."""
-        while await progress.more(2 * SWITCH_EVERY):
+        while await progress.more(SWITCHERS * SWITCH_EVERY):
             name = chance.choice(names)
             before = self.ledger.current(name)
             assert before is not None
             others = [number for number in self.ledger.numbers(name) if number != before]
             worn = self.ledger.directory(name, before)
             with _noted(report, f"changing {name}"):
+                began = time.monotonic()
                 if others and chance.random() < 0.5:
                     with self.ledger.change(name) as change:
                         answer = await api.roll_back(name, chance.choice(others))
@@ -207,6 +211,7 @@ class Churn:
                 else:
                     new = [path for path in self.world.checkpoints[name] if path != worn]
                     await self._push(api, name, chance.choice(new))
+                report.switch_s.append(time.monotonic() - began)
                 report.happened["switches"] += self.ledger.current(name) != before
 
     async def _pin(self, api: Api, report: Report, progress: Progress, chance: random.Random) -> None:
