@@ -121,14 +121,13 @@ class Staging:
         return model
 
     def _read_now(self, entry: Entry) -> tuple[Any, bool]:
-        """As `_read_either`; a packed directory that goes at this moment must not end the step."""
-        from vllm.exceptions import LoRAAdapterNotFoundError
-
+        """As `_read_either`; a packed directory that goes or breaks at this moment must not end the step."""
         try:
             return self._read_either(entry)
-        except (OSError, ValueError, LoRAAdapterNotFoundError):
+        except Exception as error:  # safetensors and PyTorch raise their own kinds
             if entry.packed is None:
                 raise
+            log.warning("%s cannot be used, so %s is read: %s", entry.packed, entry.request.lora_path, error)
             return self._stock(entry.request), False
 
     def _keep(self, entry: Entry) -> None:
@@ -160,7 +159,7 @@ class Staging:
             return self._stock(own), False
         request = type(own)(own.lora_name, own.lora_int_id, entry.packed, is_3d_lora_weight=own.is_3d_lora_weight)
         model = self._stock(request)
-        if _is_transposed(Path(entry.packed)):
+        if entry.packed != own.lora_path and _is_transposed(Path(entry.packed)):  # uploads may say what they like
             for layer in model.loras.values():
                 layer.lora_b = layer.lora_b.T
         return model, not PIN_MEMORY

@@ -151,6 +151,22 @@ async def test_packed_bs_that_lie_transposed_are_turned_back_and_stay_mapped(tmp
     assert manager.reads == [str(packed)]
 
 
+async def test_adapter_that_is_read_as_it_was_uploaded_is_not_turned_whatever_its_metadata_say(tmp_path: Path) -> None:
+    manager = FakeManager()
+    staging = Staging(manager)
+    own = adapter_at(tmp_path / "a")
+    b = torch.arange(float(WIDTH * RANK)).reshape(WIDTH, RANK)
+    tensors = {f"{PREFIX}.lora_A.weight": torch.ones(RANK, WIDTH), f"{PREFIX}.lora_B.weight": b}
+    save_file(tensors, own / "adapter_model.safetensors", metadata={"b": "transposed"})
+    one = request(own)
+
+    staging.begin(one, str(own))  # what packing names where it has nothing to gain
+
+    assert await staged(staging) == ("ready", "")
+    assert torch.equal(b_of(manager.ask(one)), b)
+    assert manager.reads == [str(own)]
+
+
 @pytest.mark.parametrize("damage", ["missing", "gone", "cut off", "nonsense"])
 async def test_packed_directory_that_cannot_be_read_costs_only_time(tmp_path: Path, damage: str) -> None:
     manager = FakeManager()
@@ -252,8 +268,9 @@ async def test_mapped_adapters_are_bounded_too(tmp_path: Path, monkeypatch: pyte
     assert staging.held() == [1]
 
 
-async def test_step_survives_a_packed_directory_that_lost_its_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("damage", ["gone", "cut off", "no safetensors"])
+async def test_step_survives_a_packed_directory_whose_file_is_no_longer_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     monkeypatch.setattr(staging_module, "MAX_MAPPED", 0)
     manager = FakeManager()
@@ -261,7 +278,11 @@ async def test_step_survives_a_packed_directory_that_lost_its_file(
     one, packed = request(adapter_at(tmp_path / "a")), adapter_at(tmp_path / "packed")
     staging.begin(one, str(packed))
     assert await staged(staging) == ("ready", "")
-    (packed / "adapter_model.safetensors").unlink()
+    file = packed / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(content[:-8] if damage == "cut off" else b"nonsense")
 
     assert torch.equal(b_of(manager.ask(one)), torch.ones(WIDTH, RANK))
     assert manager.reads[1:] == [str(packed), one.lora_path]
