@@ -42,10 +42,11 @@ class StageWatch:
         try:
             if self._watch is None or self._watch.done():
                 self._watch = asyncio.create_task(self._look(), name="staged adapters")
-            either: set[asyncio.Future[Any]] = {future, self._watch}
+            watch = self._watch  # by the time it has ended, another caller may have begun the next
+            either: set[asyncio.Future[Any]] = {future, watch}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not future.done():
-                await self._watch  # raises: the engine died
+                await watch  # raises: the workers could not be asked
             return await future
         finally:
             self._waiting.pop(adapter_id, None)
