@@ -112,6 +112,7 @@ class AdapterDesk:
             self._require_alive()
             if not staged:
                 await self._engine.collective_rpc("loradock_unstage", args=(adapter.lora_int_id,))
+                await self._engine.remove_lora(adapter.lora_int_id)  # vLLM keeps a slot for what failed on its way in
 
     async def unload(self, name: str) -> bool:
         """Forget the name and free the weights; whether the engine still had the weights.

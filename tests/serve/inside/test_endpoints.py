@@ -194,6 +194,7 @@ async def test_load_that_only_activation_can_prove_is_activated(
     assert fake_engine.added == [1]
     assert refused.status_code == 422
     assert "the experts do not fit" in refused.json()["error"]["message"]
+    assert fake_engine.removed == [2]  # vLLM registers an adapter and takes a slot for it before it finds out
 
 
 async def test_load_when_the_engine_dies_is_503_for_all_who_wait(
