@@ -28,6 +28,8 @@ from loradock_serve.batched_writes import batched_writes
 
 HANG_UP = "loradock.hang_up"
 BODY = "http.response.body"
+STALLED_S = 60.0
+"""How long a client may take nothing at all of what waits to be sent to it; then its connection is broken."""
 
 
 def hot_paths(paths: Iterable[str]) -> Mapping[bytes, str]:
@@ -122,6 +124,8 @@ class LeanCycle:
                 data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
                 self._body, self._body_bytes = [], 0
                 self._body_given = not self._more_body
+                if self._body_given:  # a connection that is not read does not show that its client hangs up
+                    self._flow.resume_reading()
                 return {"type": "http.request", "body": data, "more_body": self._more_body}
             self._flow.resume_reading()
             self._waiter = self._protocol.loop.create_future()
@@ -193,6 +197,8 @@ class LeanProtocol(HttpToolsProtocol):
     _lean: LeanCycle | None = None
     """The latest request that took it."""
     _idle_since_s: float | None = None
+    _stall_timer: TimerHandle | None = None
+    _unsent_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """asyncio."""
@@ -254,12 +260,40 @@ class LeanProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio."""
         super().connection_lost(exc)
-        if self.timeout_keep_alive_task is not None:
-            self.timeout_keep_alive_task.cancel()
+        for timer in (self.timeout_keep_alive_task, self._stall_timer):
+            if timer is not None:
+                timer.cancel()
         lean = self._lean
         if lean is not None and not lean.response_complete and not lean.disconnected:  # another is queued behind it
             lean.disconnected = True
             lean.set()
+
+    def pause_writing(self) -> None:
+        """asyncio: more waits to be sent than should."""
+        super().pause_writing()
+        self._look_for_progress_later()
+
+    def resume_writing(self) -> None:
+        """asyncio: enough of it has been sent."""
+        super().resume_writing()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
+
+    def _look_for_progress_later(self) -> None:
+        self._unsent_bytes = self.transport.get_write_buffer_size()
+        self._stall_timer = self.loop.call_later(STALLED_S, self._look_for_progress)
+
+    def _look_for_progress(self) -> None:
+        if self.transport.get_write_buffer_size() < self._unsent_bytes:
+            self._look_for_progress_later()
+        else:  # whoever waits to write on would wait for ever, and hold a place in the engine meanwhile
+            self.transport.abort()
+
+    def shutdown(self) -> None:
+        """uvicorn: the server ends."""
+        self.writes.flush()  # an answer that is complete may still wait to be written
+        super().shutdown()
 
     # One timer for a connection, which looks when it fires how long the connection has been idle
 

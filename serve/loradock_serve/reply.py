@@ -48,8 +48,7 @@ class Reply:
     async def end(self) -> None:
         """The end of a stream."""
         if not self.ended:
-            self.ended = True
-            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._last(b"")
 
     async def whole(self, body: bytes, content_type: str, status: int = 200, headers: Headers | None = None) -> None:
         """A whole answer. Where a comment began a stream already, the answer is its one event."""
@@ -60,8 +59,12 @@ class Reply:
         await self._start(
             status, content_type.encode(), [*(headers or []), (b"content-length", str(len(body)).encode())]
         )
-        self.ended = True
+        await self._last(body)
+
+    async def _last(self, body: bytes) -> None:
+        # Only then has it ended: a client that takes nothing more keeps the send waiting, and must still be cut short.
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        self.ended = True
 
     async def fail(self, error: LoradockError) -> None:
         """An error of the gateway's own."""

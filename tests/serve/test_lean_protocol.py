@@ -9,6 +9,7 @@ import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
+from loradock_serve import lean_protocol
 from loradock_serve.lean_protocol import HANG_UP, LeanProtocol, hot_paths
 from loradock_testing.waiting import until
 
@@ -216,6 +217,64 @@ async def test_hang_up_is_told_once_and_ends_receive() -> None:
         await until(lambda: app.hang_ups == 1, "the hang-up")
         await until(lambda: not server.server_state.tasks, "the end of the request")
     assert app.hang_ups == 1
+
+
+async def wait_for_hang_up(receive: Receive, send: Send, app: App) -> None:
+    await app.may_go_on.wait()
+    await whole(receive, send)
+
+
+async def test_hang_up_after_a_large_body_is_told() -> None:
+    app = App()
+    app.answer = lambda receive, send: wait_for_hang_up(receive, send, app)
+    async with serving(app) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        Client(reader, writer).write(POST, b"x" * 1_000_000)
+        await until(lambda: bool(app.seen), "the request")
+        writer.close()
+        await until(lambda: app.hang_ups == 1, "the hang-up")
+
+
+async def pour(_receive: Receive, send: Send) -> None:
+    await start(send)
+    for _ in range(1000):
+        await body(send, b"x" * 100_000, more=True)
+    await body(send, b"")
+
+
+@pytest.mark.parametrize("head", [POST, "POST /other HTTP/1.1"])
+async def test_client_that_takes_nothing_any_more_is_let_go(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_protocol, "STALLED_S", 0.05)
+    app = App()
+    app.answer = pour
+    async with serving(app) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1)
+        Client(reader, writer).write(head)
+        await until(lambda: bool(app.seen), "the request")
+        await until(lambda: not server.server_state.tasks, "the end of the request")
+        await until(lambda: not server.server_state.connections, "the end of the connection")
+        writer.close()
+
+
+async def test_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean_protocol, "STALLED_S", 0.2)
+    size = 10_000_000
+
+    async def large(_receive: Receive, send: Send) -> None:
+        await start(send, (b"content-length", b"%d" % size))
+        await body(send, b"x" * size)
+
+    app = App()
+    app.answer = large
+    async with serving(app) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=100_000)
+        Client(reader, writer).write(POST)
+        got = len(await reader.readuntil(b"\r\n\r\n")) * 0
+        while got < size:
+            got += len(await reader.readexactly(min(1_000_000, size - got)))
+            await asyncio.sleep(0.05)
+        assert got == size
+        writer.close()
 
 
 async def test_hang_up_after_the_answer_is_not_told() -> None:
