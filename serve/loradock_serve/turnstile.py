@@ -164,6 +164,7 @@ class Turnstile:
 
     def _do(self, decisions: list[Decision], own: Ticket | None = None) -> None:
         """Carry out what was decided; `own` is nobody else's yet, and sees an error of its own raised."""
+        own_error: QueueFullError | DeadlineError | None = None
         for decision in decisions:
             if isinstance(decision, PinHolds):
                 if (holds := self._pinning.pop(decision.adapter, None)) is not None:
@@ -171,9 +172,7 @@ class Turnstile:
                 continue
             error = self._error(decision)
             if decision.ticket is own:
-                if error is not None:
-                    self._set_alarm()
-                    raise error
+                own_error = error
                 continue
             turn = self._waiting.pop(decision.ticket, None)
             if turn is None or turn.done():  # cancelled a moment ago: its `wait` is about to leave
@@ -183,6 +182,8 @@ class Turnstile:
             else:
                 turn.set_exception(error)
         self._set_alarm()
+        if own_error is not None:
+            raise own_error
 
     def _error(self, decision: Begin | Refuse | Expire) -> QueueFullError | DeadlineError | None:
         if isinstance(decision, Begin):

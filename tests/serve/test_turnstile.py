@@ -175,3 +175,19 @@ async def test_turnstile_is_forgotten_with_its_engine() -> None:
     del engine
     gc.collect()
     assert len(turnstiles._all) == 0
+
+
+async def test_request_that_comes_too_late_does_not_take_the_turns_of_others_along() -> None:
+    gate = Gate(Rules(max_wait_s=1.0), max_num_seqs=2)
+    await gate.come()[1]
+    _, large = gate.come(seats=2, deadline_at=103.0)
+    await settle()
+    gate.clock.move(2.0)  # the large one is overdue: the free seat is kept for it
+    _, small = gate.come()
+    await settle()
+    assert not small.done()
+    gate.clock.now = 103.0  # the alarm has not rung yet when the next one comes
+    with pytest.raises(DeadlineError):
+        await gate.come(deadline_at=102.0)[1]
+    await settle()
+    assert (small.done(), isinstance(large.exception(), DeadlineError)) == (True, True)
