@@ -5,6 +5,7 @@ A write of its own for each costs as much as a good part of a request's way thro
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TextIO
@@ -45,9 +46,11 @@ class LogLines(logging.StreamHandler[TextIO]):
         self.acquire()
         try:
             lines, self._waiting, self._timer = self._waiting, [], None
-            if lines:
-                self.stream.write("\n".join([*lines, ""]))
-            super().flush()
+            # A closed pipe or a full disk takes no log, and must not end whatever task has something to say.
+            with contextlib.suppress(OSError, ValueError):
+                if lines:
+                    self.stream.write("\n".join([*lines, ""]))
+                super().flush()
         finally:
             self.release()
 

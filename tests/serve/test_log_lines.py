@@ -1,5 +1,6 @@
 """The server's log lines: none lost, none out of order, and those that may wait do not wait long."""
 
+import errno
 import io
 import logging
 from collections.abc import Iterator
@@ -62,6 +63,19 @@ async def test_what_waits_at_the_end_is_written_by_a_flush(stream: io.StringIO) 
     for handler in logging.getLogger("test").handlers:
         handler.flush()
     assert messages(stream) == ["last"]
+
+
+def test_log_that_cannot_be_written_is_no_error_of_who_logs(
+    monkeypatch: pytest.MonkeyPatch, stream: io.StringIO
+) -> None:
+    def full(_text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(stream, "write", full)
+        logging.getLogger("test.other").warning("lost")
+    logging.getLogger("test.other").warning("there is room again")
+    assert messages(stream) == ["there is room again"]
 
 
 def test_time_is_written_as_logging_writes_it(stream: io.StringIO) -> None:
