@@ -210,6 +210,7 @@ class Pins:
             except (EngineError, ConflictError) as error:
                 hold.trouble = str(error)
                 log.warning("%s cannot be pinned: %s", version.ref, error)
+                self._keeper.unpin(version.digest)  # a slot that it does not get is not kept from all others
                 return
             else:
                 hold.start = start

@@ -172,10 +172,11 @@ async def test_engine_that_goes_away_while_it_pins_is_asked_again(scene: Scene) 
 
 
 async def test_engine_that_refuses_is_not_asked_again_and_the_reason_is_told(scene: Scene) -> None:
-    scene.publish("a", 1)
+    digest = scene.publish("a", 1)
     scene.world.base.client.fails = [EngineRefusedError("no room")]
     await scene.pins.pin("a", 60)  # does not wait for what will not come
     assert scene.pins.state_of("a") == ("waiting", "no room")
+    assert scene.calls[-1] == f"give back {digest}", "others may use the slot"
     calls = len(scene.calls)
     await scene.pins.pin("a", 5)
     assert scene.pins.state_of("a") == ("held", None), "but by whoever pins again"
