@@ -20,18 +20,20 @@ async def never() -> Message:
     return {"type": "http.request"}
 
 
+async def answered(reply: Reply, receive: Receive, *, streams: bool) -> None:
+    scope: Scope = {"extensions": {HANG_UP: lambda _callback: None}}
+    with CutShort(reply, 0.02) as cut:
+        cut.watch(scope, receive)
+        if streams:
+            await reply.start_stream()
+            await reply.end()
+        else:
+            await reply.whole(b"{}", "application/json")
+
+
 @pytest.mark.parametrize("streams", [True, False])
 async def test_deadline_of_an_answer_whose_end_the_client_does_not_take_is_kept(streams: bool) -> None:
     reply = Reply(stalls, "r")
-    receive: Receive = never
-    scope: Scope = {"extensions": {HANG_UP: lambda _callback: None}}
     with pytest.raises(DeadlineError):
-        with CutShort(reply, 0.02) as cut:
-            cut.watch(scope, receive)
-            async with asyncio.timeout(10):
-                if streams:
-                    await reply.start_stream()
-                    await reply.end()
-                else:
-                    await reply.whole(b"{}", "application/json")
+        await asyncio.wait_for(answered(reply, never, streams=streams), 10)
     assert not reply.ended
