@@ -186,10 +186,11 @@ def _openmp() -> tuple[Any, Any, Any]:
     """The threads that PyTorch computes on, which vLLM has bound to its cores: OpenMP's, by the interface that GNU's
     and LLVM's and Intel's runtimes share.
 
-    PyTorch has loaded its runtime by the time this is imported; the same name gives the same library.
+    Looked up in the process, as PyTorch's own calls are. By a file's name another runtime may be found, with threads of
+    its own: some builds of PyTorch rename theirs, and vLLM preloads it, or its operator another.
     """
-    library = ctypes.CDLL("libgomp.so.1")
-    parallel, number, size = library.GOMP_parallel, library.omp_get_thread_num, library.omp_get_num_threads
+    process = ctypes.CDLL(None)
+    parallel, number, size = process.GOMP_parallel, process.omp_get_thread_num, process.omp_get_num_threads
     parallel.argtypes, parallel.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
     for function in (number, size):
         function.argtypes, function.restype = (), ctypes.c_int

@@ -1,6 +1,11 @@
 """The compiled kernel against plain float64 products: every format, ranks that do not fill a block, wide outputs, one
 thread and several."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +17,18 @@ from loradock_serve.inside.row_plan import RowPlan
 from loradock_serve.inside.slot_weights import SlotNews, SlotWeights
 
 SLOTS = 5
+STOCK_OPENMP = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+OPENMP_OF_A_LAYER = """
+import ctypes
+from loradock_serve.inside import row_kernel
+
+address = ctypes.cast(row_kernel._parallel, ctypes.c_void_p).value
+with open("/proc/self/maps") as maps:
+    for line in maps:
+        begin, end = (int(number, 16) for number in line.split(" ")[0].split("-"))
+        if begin <= address < end:
+            print(line.split()[-1])
+"""
 FORMATS = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
 
 
@@ -140,3 +157,20 @@ def test_input_with_strides_is_read_as_it_is_indexed() -> None:
     SlotWeights(a, b, (6,)).add(RowPlan.of(np.asarray([1, 0, 1])), y, x, 1.0, SlotNews())
 
     assert worst(y, wanted) < 1e-5
+
+
+@pytest.mark.skipif(not STOCK_OPENMP.exists(), reason="this build of PyTorch has its OpenMP runtime elsewhere")
+def test_threads_are_those_of_the_runtime_that_was_preloaded_whatever_its_name(tmp_path: Path) -> None:
+    """vLLM preloads PyTorch's own, which some builds call otherwise; another runtime's threads would not be bound."""
+    renamed = tmp_path / "libgomp-b.so"
+    renamed.write_bytes(STOCK_OPENMP.read_bytes().replace(b"libgomp.so.1", b"libgomp-b.so"))
+
+    done = subprocess.run(
+        [sys.executable, "-c", OPENMP_OF_A_LAYER],
+        env=os.environ | {"LD_PRELOAD": str(renamed)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout.split() == [str(renamed)]
