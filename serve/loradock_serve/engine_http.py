@@ -147,6 +147,9 @@ class Connection(asyncio.Protocol):
     def ask(self, head: bytes, body: bytes) -> Answer:
         """Send a request."""
         self._answer = answer = Answer(self)
+        if self.lost:  # between its making and this
+            answer.fail(EngineGoneError(CONNECTION_CLOSED))
+            return answer
         if len(body) <= COPIED_BYTES:  # copying it costs less than a second system call
             self._writes.write(self._transport, head + body)
         else:
@@ -333,7 +336,8 @@ class Pool:
             raise EngineGoneError(f"the engine takes no connection within {CONNECT_TIMEOUT_S:g} s") from None
         except OSError as error:
             raise EngineGoneError(f"the engine cannot be reached: {error}") from error
-        self._all.add(connection)
+        if not connection.lost:
+            self._all.add(connection)
         return connection
 
     def put(self, connection: Connection) -> None:

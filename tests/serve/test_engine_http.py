@@ -91,6 +91,15 @@ async def ask(pool: Pool) -> tuple[int, bytes]:
         return answer.status, await answer.read()
 
 
+async def test_connection_that_is_lost_before_its_first_request_keeps_nobody_waiting(both: tuple[Peer, Pool]) -> None:
+    _, pool = both
+    connection = await pool.connect()
+    connection.abort()
+    await until(lambda: connection.lost, "the loss")
+    with pytest.raises(EngineGoneError, match="closed the connection"):
+        await asyncio.wait_for(connection.ask(b"", b"").head(), 10)
+
+
 async def test_request_goes_out_as_it_was_given(both: tuple[Peer, Pool]) -> None:
     peer, pool = both
     peer.answers = [[sized(b"yes")]]
