@@ -112,7 +112,7 @@ def _join(
         Pins(registry, catalog, fleet, lambda: _slots(fleet, lora), turnstiles.of(fleet.base)),
         TrafficRecord(fleet.ledger, registry),
         lambda: make_plan(config, base, machine, registry),
-        advice,
+        advice if config.engine.url is None else None,
         turnstiles,
     )
     app = _application(config, store, registry, catalog, fleet, publisher, care, socket_dir, lock)
@@ -137,6 +137,7 @@ class _Care:
     traffic: TrafficRecord
     plan: Callable[[], Advice | None]
     running: Advice | None
+    """What our own engine was started with; None where something else starts it."""
     turnstiles: Turnstiles
 
 

@@ -13,7 +13,7 @@ from loradock_serve.sizing import Advice
 def plan_router(
     make: Callable[[], Advice | None], running: Advice | None, write_traffic: Callable[[], Awaitable[None]]
 ) -> APIRouter:
-    """The route. `make` plans anew, and reads the registry; `running` is what the engine was started with."""
+    """The route. `make` plans anew, and reads the registry; `running` is what our own engine was started with."""
     router = APIRouter(prefix="/v1/plan")
 
     @router.get("")

@@ -93,6 +93,15 @@ async def test_request_over_its_time_is_cut_off_and_aborted(tmp_path: Path, monk
         await until(are_aborted, "both aborts")
 
 
+async def test_attached_engine_runs_with_nothing_that_was_planned_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(tmp_path, monkeypatch, engine={"url": "unix:///nowhere"}) as served:
+        document = (await served.client.get("/v1/plan")).json()
+    assert document["plan"]["max_loras"] > 0
+    assert document["running"] is None
+
+
 async def test_attached_engine_serves_and_health_follows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     socket = tmp_path / "engine.sock"
     url = f"unix://{socket}"
