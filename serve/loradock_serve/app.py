@@ -15,7 +15,6 @@ from pathlib import Path
 from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
 from loradock_adapters.registry import Registry
@@ -23,7 +22,7 @@ from loradock_adapters.store import LocalStore
 from loradock_serve import rewrite
 from loradock_serve.adapter_gauges import AdapterGauges
 from loradock_serve.adapters_routes import adapters_router
-from loradock_serve.auth import Doorkeeper
+from loradock_serve.auth import Doorkeeper, behind_proxies
 from loradock_serve.base import ServedBase, WeightsHash, find_base
 from loradock_serve.catalog import Catalog
 from loradock_serve.config import ServeConfig
@@ -277,7 +276,7 @@ def _application(
     app.include_router(ops_router(fleet, AdapterGauges(registry, catalog, care.residency), care.turnstiles))
 
     add_handlers(app)
-    return _OpenAIFirst(proxy, ProxyHeadersMiddleware(app))  # type: ignore[arg-type]  # uvicorn's own ASGI types
+    return _OpenAIFirst(proxy, behind_proxies(app))
 
 
 class _OpenAIFirst:

@@ -5,10 +5,13 @@ A plain ASGI wrapper around the whole application, so that no route can be forgo
 
 import hmac
 import ipaddress
+import os
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import Any, cast
 
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from loradock_serve.errors import ForbiddenError, GatewayError, UnauthorizedError
 from loradock_serve.http_errors import error_response, log_refusal
@@ -28,8 +31,7 @@ class Doorkeeper:
         """ASGI."""
         refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in OPEN_PATHS else None
         if refusal is not None:
-            log_refusal(scope, refusal)
-            await error_response(refusal)(scope, receive, send)
+            await behind_proxies(_Refused(refusal))(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
@@ -54,6 +56,27 @@ class Doorkeeper:
             "Without an admin key only this machine is served, under its loopback names: "
             "set LORADOCK_ADMIN_KEY on the server"
         )
+
+
+class _Refused:
+    """Says so, in the log and to the client."""
+
+    def __init__(self, refusal: GatewayError) -> None:
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        log_refusal(scope, self._refusal)
+        await error_response(self._refusal)(scope, receive, send)
+
+
+def behind_proxies(app: ASGIApp) -> ASGIApp:
+    """`app` with the client that a trusted proxy names: those of FORWARDED_ALLOW_IPS, as uvicorn trusts them.
+
+    For what looks at its client; the hot path does not, and is spared it.
+    """
+    trusted = os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
+    return cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
 
 
 def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:

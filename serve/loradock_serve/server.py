@@ -84,7 +84,7 @@ def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         http=_Protocol,
         timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
         server_header=False,
-        proxy_headers=False,  # app.py has that for the routes that look
+        proxy_headers=False,  # auth.py has that, for what looks at its client
     )
 
 

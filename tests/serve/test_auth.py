@@ -48,6 +48,17 @@ async def test_wrong_key_is_refused(value: str) -> None:
     assert b"s3cret" not in body
 
 
+@pytest.mark.parametrize(("trusted", "shown"), [(None, "10.0.0.7"), ("10.0.0.0/8", "9.9.9.9")])
+async def test_refusal_names_the_client_that_a_trusted_proxy_names(
+    trusted: str | None, shown: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FORWARDED_ALLOW_IPS", raising=False)
+    if trusted is not None:
+        monkeypatch.setenv("FORWARDED_ALLOW_IPS", trusted)
+    await ask("s3cret", **{"x-forwarded-for": "9.9.9.9"})
+    assert caplog.records[-1].getMessage().endswith(f", from {shown}")
+
+
 async def test_refusals_leave_one_line_each_without_the_key(caplog: pytest.LogCaptureFixture) -> None:
     await ask("s3cret", "/v1/models/a\nb", authorization="Bearer other-secret")
     await ask(None, host="evil.example")
