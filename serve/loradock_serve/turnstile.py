@@ -30,6 +30,9 @@ from loradock_serve.tickets import Ask, Begin, Decision, Expire, Limits, PinHold
 
 log = logging.getLogger("loradock.admission")
 
+TIMERS_DIFFER_S = 0.01
+"""Whoever keeps a request's deadline outside may see it come so much earlier than the clock here."""
+
 
 class Alarm(Protocol):
     """Something that will happen, unless it is cancelled."""
@@ -123,11 +126,15 @@ class Turnstile:
             try:
                 await turn
             except asyncio.CancelledError:
-                metrics.NOT_ADMITTED.labels("client_gone").inc()
+                metrics.NOT_ADMITTED.labels("deadline" if self._is_over(ticket) else "client_gone").inc()
                 self.leave(ticket, None)
                 raise
         self.running += 1
         metrics.QUEUE_SECONDS.observe(ticket.begun_at - ticket.arrived_at)
+
+    def _is_over(self, ticket: Ticket) -> bool:
+        deadline_at = ticket.ask.deadline_at
+        return deadline_at is not None and deadline_at - self._clock.time() < TIMERS_DIFFER_S
 
     def leave(self, ticket: Ticket, usage: tuple[int, int] | None) -> None:
         """The request ended, or its client is gone."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loradock_serve import metrics
 from loradock_serve.engine import EngineStart
 from loradock_serve.engine_client import EngineStatus
 from loradock_serve.errors import ConflictError, DeadlineError
@@ -191,3 +192,22 @@ async def test_request_that_comes_too_late_does_not_take_the_turns_of_others_alo
         await gate.come(deadline_at=102.0)[1]
     await settle()
     assert (small.done(), isinstance(large.exception(), DeadlineError)) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("deadline_at", "reason"), [(100.005, "deadline"), (160.0, "client_gone"), (None, "client_gone")]
+)
+async def test_waiter_that_is_cancelled_at_its_deadline_is_counted_as_that(
+    deadline_at: float | None, reason: str
+) -> None:
+    def count() -> float:
+        return metrics.REGISTRY.get_sample_value("loradock_queue_rejected_total", {"reason": reason}) or 0.0
+
+    gate = Gate(max_num_seqs=1)
+    await gate.come()[1]
+    _, waiting = gate.come(deadline_at=deadline_at)
+    await settle()
+    before = count()
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    assert count() == before + 1
