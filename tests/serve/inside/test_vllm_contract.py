@@ -255,6 +255,20 @@ def test_counts_and_pins_hang_on_what_they_name() -> None:
     assert "self._adapter_manager.remove_adapter(" in inspect.getsource(LRUCacheWorkerLoRAManager.remove_adapter)
 
 
+def test_model_runners_of_both_generations_go_through_the_manager_that_we_watch() -> None:
+    """GPUs with Triton get the second one, unless a feature is asked for that it lacks; CPUs get the first."""
+    from vllm.v1.worker import lora_model_runner_mixin as mixin
+
+    folder = Path(mixin.__file__).parent
+    assert "LoRAModelRunnerMixin" in (folder / "gpu_model_runner.py").read_text(encoding="utf-8")
+    second = (folder / "gpu" / "model_runner.py").read_text(encoding="utf-8")
+    assert "class GPUModelRunner(LoRAModelRunnerMixin):" in second
+    assert "self._set_active_loras(*lora_inputs)" in second
+    steps = inspect.getsource(mixin.LoRAModelRunnerMixin._set_active_loras)
+    assert "self.lora_manager.set_active_adapters(lora_requests, lora_mapping)" in steps
+    assert "self.lora_manager = LRUCacheWorkerLoRAManager(" in inspect.getsource(mixin)
+
+
 def test_worker_extension_hides_nothing_of_the_worker() -> None:
     """vLLM refuses an extension whose attributes its worker has."""
     from vllm.v1.worker.cpu_worker import CPUWorker
