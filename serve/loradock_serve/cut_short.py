@@ -66,7 +66,8 @@ class CutShort:
         self._cut(ClientGoneError())
 
     def _late(self) -> None:
-        self._cut(DeadlineError(f"The request was cut off after {self._timeout_s:g} s (`{self._whose}`)"))
+        waited = "; it did not reach the engine" if self._reply.queue_s is None else ""
+        self._cut(DeadlineError(f"The request was cut off after {self._timeout_s:g} s (`{self._whose}`){waited}"))
 
     def _cut(self, reason: Exception) -> None:
         if self._reason is None and self._task is not None and not self._reply.ended:

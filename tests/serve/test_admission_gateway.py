@@ -157,6 +157,7 @@ async def test_request_whose_time_is_over_never_reaches_the_engine(narrow: Serve
         answer = await narrow.client.post("/v1/completions", json=body, headers={"x-request-timeout": "0.1"})
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert "x-request-timeout" in answer.json()["error"]["message"]
+        assert "it did not reach the engine" in answer.json()["error"]["message"]
         await until_it_is(narrow, "queue_length", 0)
     assert "too-late" not in await prompts(narrow)
 
