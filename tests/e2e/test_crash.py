@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from loradock_testing.loradock_server import LoradockServer, children, engine_socket, group_processes, loradock_server
 from loradock_testing.tiny_models import make_adapter, make_llama
+from loradock_testing.waiting import until
 
 pytestmark = pytest.mark.engine
 
@@ -84,12 +86,21 @@ async def _load_and_kill(url: str, pid: int) -> Seen:
             await running.wait()
             for i in range(WHOLES):
                 group.create_task(_whole(client, ("base", "adapter-1")[i % 2], seen))
-            await asyncio.sleep(0.05)  # the whole requests are on their way; how far does not matter
+            # One that came after the kill would be held for the next engine, and then run for minutes.
+            await until(lambda: _all_admitted(client), "every request has its turn on the engine", 60)
+            await asyncio.sleep(0.05)  # from the gateway to the engine
             os.kill(pid, signal.SIGKILL)
         seen.after = await client.post(
             "/v1/completions", json={"model": "adapter-1", "prompt": PROMPT, "max_tokens": 1}
         )
     return seen
+
+
+async def _all_admitted(client: httpx.AsyncClient) -> bool:
+    """Whether the gateway has handed every request to the base's engine."""
+    found = re.search(r'^loradock_queue_admitted\{engine="base"\} (\S+)', (await client.get("/metrics")).text, re.M)
+    assert found is not None
+    return float(found[1]) == STREAMS + WHOLES
 
 
 def _body(model: str, **fields: object) -> dict[str, object]:
