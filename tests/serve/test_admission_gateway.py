@@ -13,8 +13,8 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from loradock_serve import comments, metrics
 from loradock_serve import engine as engine_module
-from loradock_serve import metrics, proxy
 from loradock_testing.gateway import Served, serving
 from loradock_testing.tiny_checkpoints import write_adapter
 from loradock_testing.waiting import until
@@ -186,7 +186,7 @@ async def test_client_that_hangs_up_leaves_the_queue_at_once(narrow: Served) -> 
 
 
 async def test_stream_that_waits_shows_life_and_then_answers(narrow: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proxy, "HOLD_COMMENT_EVERY_S", 0.01)
+    monkeypatch.setattr(comments, "EVERY_S", 0.01)
     async with held(narrow, "base", "base") as (one, _):
         body = {"model": "base", "prompt": "patient", "stream": True}
         async with narrow.client.stream("POST", "/v1/completions", json=body) as answer:
