@@ -14,55 +14,23 @@ from typing import Any
 import sqlalchemy as sa
 
 from loradock_adapters.base_identity import BaseIdentity
-from loradock_adapters.checkpoint import Checkpoint, Kind
 from loradock_adapters.errors import NotFoundError
-from loradock_adapters.gate import Placement, Verdict
+from loradock_adapters.gate import Verdict
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import ModelRef, check_name, parse_ref
-from loradock_adapters.problems import Problem
-from loradock_adapters.registry_schema import WRITES, Changes, models, open_database, pins, versions
+from loradock_adapters.registry_rows import (
+    Details,
+    Version,
+    new_row,
+    read_version,
+    rejudge,
+    version_of,
+    version_query,
+)
+from loradock_adapters.registry_schema import WRITES, Changes, models, open_database, pins, splits, tags, versions
 from loradock_adapters.traffic_table import TrafficTable
 
-
-@dataclass(frozen=True, slots=True)
-class Details:
-    """What a checkpoint brings along that serving it needs."""
-
-    chat_template: str | None = None
-    stop_token_ids: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Details":
-        return cls(checkpoint.chat_template, checkpoint.stop_token_ids)
-
-
-@dataclass(frozen=True, slots=True)
-class Version:
-    """One immutable version of a name."""
-
-    name: str
-    number: int
-    digest: str
-    """`sha256:<64 hex>` of its manifest."""
-    kind: Kind
-    placement: Placement
-    reasons: tuple[Problem, ...]
-    rank: int | None
-    size_bytes: int
-    created_at: datetime
-    """UTC."""
-    chat_template: str | None
-    stop_token_ids: tuple[int, ...]
-    current: bool
-    """Whether the name points at it."""
-    created: bool = False
-    """Whether the call that returned it made it."""
-    base: BaseIdentity | None = None
-    """The base that it was judged for; None where nobody said."""
-
-    @property
-    def ref(self) -> ModelRef:
-        return ModelRef(self.name, version=self.number)
+__all__ = ["Counts", "Details", "Registry", "Version"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +72,7 @@ class Registry:
         the new verdict and base (they and the engine's settings may have changed since).
         """
         check_name(name)
+        details = details or Details()
         if verdict.placement == "rejected":
             raise ValueError("a rejected checkpoint has no version")
         with self._writer.begin() as connection:
@@ -111,16 +80,16 @@ class Registry:
             if model is None:
                 connection.execute(sa.insert(models).values(name=name, current_number=None, last_number=0))
             elif model.current_number is not None:
-                current = _read(connection, name, versions.c.number == model.current_number)
+                current = read_version(connection, name, versions.c.number == model.current_number)
                 if current is not None and current.digest == manifest.digest:
-                    return _rejudged(connection, current, verdict, base)
+                    return rejudge(connection, current, verdict, details, base)
             number = 1 if model is None else model.last_number + 1
-            row = _row(name, number, manifest, verdict, details or Details(), base)
+            row = new_row(name, number, manifest, verdict, details, base)
             connection.execute(sa.insert(versions).values(row))
             connection.execute(
                 sa.update(models).where(models.c.name == name).values(current_number=number, last_number=number)
             )
-            return _version(row, current_number=number, created=True)
+            return version_of(row, current_number=number, created=True)
 
     def resolve(self, ref: ModelRef | str) -> Version:
         """The version that a reference means now. Raises NotFoundError, InvalidNameError for text that is none."""
@@ -133,7 +102,7 @@ class Registry:
         else:
             which = versions.c.number == models.c.current_number
         with self._engine.connect() as connection:
-            version = _read(connection, ref.name, which)
+            version = read_version(connection, ref.name, which)
         if version is None:
             raise NotFoundError(f"there is no model {ref}")
         return version
@@ -141,14 +110,14 @@ class Registry:
     def models(self) -> list[Version]:
         """The current version of every name, by name."""
         with self._engine.connect() as connection:
-            query = _query().where(versions.c.number == models.c.current_number).order_by(versions.c.name)
-            return [_version(row._mapping, row.current_number) for row in connection.execute(query)]
+            query = version_query().where(versions.c.number == models.c.current_number).order_by(versions.c.name)
+            return [version_of(row._mapping, row.current_number) for row in connection.execute(query)]
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a name, the newest first. Raises NotFoundError if there are none."""
         with self._engine.connect() as connection:
-            query = _query().where(versions.c.name == name).order_by(versions.c.number.desc())
-            found = [_version(row._mapping, row.current_number) for row in connection.execute(query)]
+            query = version_query().where(versions.c.name == name).order_by(versions.c.number.desc())
+            found = [version_of(row._mapping, row.current_number) for row in connection.execute(query)]
         if not found:
             raise NotFoundError(f"there is no model {name}")
         return found
@@ -165,7 +134,7 @@ class Registry:
     def set_current(self, name: str, number: int) -> Version:
         """Points a name at one of its versions."""
         with self._writer.begin() as connection:
-            version = _read(connection, name, versions.c.number == number)
+            version = read_version(connection, name, versions.c.number == number)
             if version is None:
                 raise NotFoundError(f"there is no version {number} of {name}")
             connection.execute(sa.update(models).where(models.c.name == name).values(current_number=number))
@@ -175,20 +144,23 @@ class Registry:
         """Removes a name and its versions, and returns these. Their bytes stay where they are."""
         with self._writer.begin() as connection:
             query = (
-                _query().where(versions.c.name == name).order_by(versions.c.number.desc()).with_for_update(of=models)
+                version_query()
+                .where(versions.c.name == name)
+                .order_by(versions.c.number.desc())
+                .with_for_update(of=models)
             )
-            removed = [_version(row._mapping, row.current_number) for row in connection.execute(query)]
+            removed = [version_of(row._mapping, row.current_number) for row in connection.execute(query)]
             if not removed:
                 raise NotFoundError(f"there is no model {name}")
-            connection.execute(sa.delete(versions).where(versions.c.name == name))
-            connection.execute(sa.delete(pins).where(pins.c.name == name))
+            for table in (tags, splits, pins, versions):
+                connection.execute(sa.delete(table).where(table.c.name == name))
             connection.execute(sa.update(models).where(models.c.name == name).values(current_number=None))
             return removed
 
     def pin(self, name: str) -> None:
         """Remembers that a name's current version, whichever it is, keeps its slot. Raises NotFoundError."""
         with self._writer.begin() as connection:
-            if _read(connection, name, versions.c.number == models.c.current_number) is None:
+            if read_version(connection, name, versions.c.number == models.c.current_number) is None:
                 raise NotFoundError(f"there is no model {name}")
             if connection.execute(sa.select(pins).where(pins.c.name == name)).one_or_none() is None:
                 connection.execute(sa.insert(pins).values(name=name, created_at=datetime.now(UTC)))
@@ -200,10 +172,16 @@ class Registry:
 
     def pins(self) -> list[Version]:
         """The current versions of the pinned names, in the order of their pinning."""
-        query = _query().join(pins, pins.c.name == versions.c.name)
+        query = version_query().join(pins, pins.c.name == versions.c.name)
         query = query.where(versions.c.number == models.c.current_number).order_by(pins.c.created_at, pins.c.name)
         with self._engine.connect() as connection:
-            return [_version(row._mapping, row.current_number) for row in connection.execute(query)]
+            return [version_of(row._mapping, row.current_number) for row in connection.execute(query)]
+
+    def set_proof(self, digest: str, proof: Mapping[str, Any]) -> int:
+        """Remembers what an engine showed about the versions with these bytes; returns how many these are."""
+        query = sa.update(versions).where(versions.c.digest == digest).values(proof=dict(proof))
+        with self._writer.begin() as connection:
+            return connection.execute(query).rowcount
 
     def claim(self, base: BaseIdentity) -> int:
         """Takes versions of which nobody said their base for this one's; returns how many."""
@@ -239,72 +217,3 @@ class Registry:
         with self._engine.connect() as connection:
             names, numbers, digests = connection.execute(query).one()
         return Counts(names, numbers, digests)
-
-
-_SHOWN = [column for column in versions.c if column.name != "manifest"]
-
-
-def _query() -> sa.Select[Any]:
-    joined = versions.join(models, models.c.name == versions.c.name)
-    return sa.select(*_SHOWN, models.c.current_number).select_from(joined)
-
-
-def _read(connection: sa.Connection, name: str, which: sa.ColumnElement[bool]) -> Version | None:
-    """One version of a name. A digest may have several numbers, after a rollback by upload: the newest counts."""
-    query = _query().where(versions.c.name == name, which).order_by(versions.c.number.desc()).limit(1)
-    row = connection.execute(query).one_or_none()
-    return None if row is None else _version(row._mapping, row.current_number)
-
-
-def _rejudged(connection: sa.Connection, version: Version, verdict: Verdict, base: BaseIdentity | None) -> Version:
-    """The same version with the verdict of today."""
-    fresh = replace(version, placement=verdict.placement, reasons=verdict.reasons, rank=verdict.rank, base=base)
-    if fresh != version:
-        where = (versions.c.name == version.name) & (versions.c.number == version.number)
-        reasons = [reason.to_json() for reason in fresh.reasons]
-        columns = {"placement": fresh.placement, "reasons": reasons, "rank": fresh.rank, "base": _base_json(base)}
-        connection.execute(sa.update(versions).where(where).values(columns))
-    return fresh
-
-
-def _base_json(base: BaseIdentity | None) -> dict[str, str | None] | None:
-    return base.to_json() if base is not None else None
-
-
-def _row(
-    name: str, number: int, manifest: Manifest, verdict: Verdict, details: Details, base: BaseIdentity | None
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "number": number,
-        "digest": manifest.digest,
-        "kind": verdict.kind,
-        "placement": verdict.placement,
-        "reasons": [reason.to_json() for reason in verdict.reasons],
-        "rank": verdict.rank,
-        "size_bytes": manifest.size_bytes,
-        "created_at": datetime.now(UTC),
-        "chat_template": details.chat_template,
-        "stop_token_ids": list(details.stop_token_ids),
-        "manifest": manifest.to_json(),
-        "base": _base_json(base),
-    }
-
-
-def _version(row: Mapping[str, Any] | sa.RowMapping, current_number: int | None, *, created: bool = False) -> Version:
-    return Version(
-        name=row["name"],
-        number=row["number"],
-        digest=row["digest"],
-        kind=row["kind"],
-        placement=row["placement"],
-        reasons=tuple(Problem.from_json(reason) for reason in row["reasons"]),
-        rank=row["rank"],
-        size_bytes=row["size_bytes"],
-        created_at=row["created_at"],
-        chat_template=row["chat_template"],
-        stop_token_ids=tuple(row["stop_token_ids"]),
-        current=row["number"] == current_number,
-        created=created,
-        base=BaseIdentity.from_json(row["base"]),
-    )

@@ -67,6 +67,10 @@ versions = sa.Table(
     sa.Column("stop_token_ids", sa.JSON, nullable=False),
     sa.Column("manifest", sa.JSON, nullable=False),
     sa.Column("base", sa.JSON(none_as_null=True), nullable=True),  # null: from before 0002, not claimed yet
+    sa.Column("proof", sa.JSON(none_as_null=True), nullable=True),  # what an engine showed; null: nobody asked one
+    sa.Column("repairs", sa.JSON(none_as_null=True), nullable=True),  # null: from before 0004
+    sa.Column("source", sa.Text, nullable=True),
+    sa.Column("publisher", sa.Text, nullable=True),
     sa.Index("versions_by_digest", "digest"),
 )
 
@@ -75,6 +79,24 @@ pins = sa.Table(
     metadata,
     sa.Column("name", sa.String(96), sa.ForeignKey("models.name"), primary_key=True),
     sa.Column("created_at", UtcDateTime, nullable=False),
+)
+
+tags = sa.Table(
+    "tags",
+    metadata,
+    sa.Column("name", sa.String(96), primary_key=True),
+    sa.Column("tag", sa.String(64), primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(["name", "number"], ["versions.name", "versions.number"]),
+)
+
+splits = sa.Table(
+    "splits",
+    metadata,
+    sa.Column("name", sa.String(96), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("weight", sa.Integer, nullable=False),  # its share is this of the sum over the name
+    sa.ForeignKeyConstraint(["name", "number"], ["versions.name", "versions.number"]),
 )
 
 traffic = sa.Table(

@@ -1,6 +1,5 @@
-"""The registry: names point at versions, pointers move at once or not at all, and databases are brought up to date."""
+"""The registry: names point at versions, pointers move at once or not at all."""
 
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -10,9 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
 
 from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.errors import InvalidNameError, NotFoundError, RegistryError
@@ -21,7 +17,6 @@ from loradock_adapters.manifest import FileEntry, Manifest
 from loradock_adapters.names import ModelRef
 from loradock_adapters.problems import Problem
 from loradock_adapters.registry import Counts, Details, Registry
-from loradock_adapters.registry_schema import metadata, open_database
 
 SHARED = Verdict("lora", "shared", (), 8)
 DEDICATED = Verdict("full", "dedicated", (Problem("full_weights", "complete weights", "here", "nothing"),), None)
@@ -273,17 +268,6 @@ def test_process_killed_while_publishing_leaves_a_whole_registry(url: str) -> No
     registry.close()
 
 
-def test_fresh_database_has_the_schema_that_the_code_expects(url: str) -> None:
-    engine = open_database(url)
-    with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
-        assert connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one() == "0003"
-        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
-        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
-        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
-    engine.dispose()
-
-
 BASE = BaseIdentity("m", "a" * 64, "b" * 64)
 OTHER = BaseIdentity("m", "a" * 64, "c" * 64)
 
@@ -336,23 +320,6 @@ def test_versions_without_a_base_are_claimed_once(registry: Registry) -> None:
     assert registry.claim(OTHER) == 0
 
 
-def test_database_from_before_bases_were_recorded_keeps_its_versions(url: str, tmp_path: Path) -> None:
-    old = Registry(url)
-    old.publish("sql", manifest(), SHARED)
-    old.close()
-    with sqlite3.connect(tmp_path / "registry.db") as raw:
-        for table in ("pins", "traffic", "traffic_hours"):
-            raw.execute(f"DROP TABLE {table}")
-        raw.execute("ALTER TABLE versions DROP COLUMN base")
-        raw.execute("UPDATE alembic_version SET version_num = '0001'")
-    raw.close()
-    upgraded = Registry(url)
-    assert upgraded.resolve("sql").base is None
-    assert upgraded.claim(BASE) == 1
-    assert upgraded.resolve("sql").base == BASE
-    upgraded.close()
-
-
 def test_generation_changes_with_every_commit_also_of_another_process(registry: Registry, url: str) -> None:
     seen = [registry.generation()]
     assert registry.generation() == seen[0]
@@ -362,15 +329,6 @@ def test_generation_changes_with_every_commit_also_of_another_process(registry: 
         seen.append(registry.generation())
     assert len(set(seen)) == 3
     other.close()
-
-
-def test_database_of_a_newer_loradock_refused_and_untouched(url: str, tmp_path: Path) -> None:
-    Registry(url).close()
-    with sqlite3.connect(tmp_path / "registry.db") as raw:
-        raw.execute("UPDATE alembic_version SET version_num = '9999'")
-    raw.close()
-    with pytest.raises(RegistryError, match="newer Loradock"):
-        Registry(url)
 
 
 def test_file_that_is_no_database_refused(url: str, tmp_path: Path) -> None:
@@ -390,22 +348,6 @@ def test_in_memory_database_refused(url: str) -> None:
         Registry(url)
 
 
-def test_half_migrated_database_is_impossible(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alembic import op
-
-    def broken(*_arguments: object, **_settings: object) -> None:
-        raise sa.exc.OperationalError("CREATE INDEX", {}, Exception("disk full"))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(op, "create_index", broken)
-        with pytest.raises(RegistryError, match="disk full"):
-            Registry(url)
-    engine = sa.create_engine(url)
-    assert sa.inspect(engine).get_table_names() == []
-    engine.dispose()
-    Registry(url).close()
-
-
 def test_resolve_among_a_thousand_versions_stays_fast(registry: Registry) -> None:
     for seed in range(1000):
         registry.publish(f"m{seed % 250}", manifest(seed), SHARED)
@@ -416,3 +358,22 @@ def test_resolve_among_a_thousand_versions_stays_fast(registry: Registry) -> Non
         times_s.append(time.perf_counter() - started_s)
     assert sorted(times_s)[100] < 0.002  # 0.3 ms at rest; twice the goal leaves room for a busy machine
     assert len(registry.models()) == 250
+
+
+def test_proof_and_repairs_are_kept_and_the_same_bytes_take_the_proof_of_today(registry: Registry) -> None:
+    repairs = (Problem("rekeyed", "the prefix was wrong", "model.x"),)
+    first = Details(proof={"state": "unproven"}, repairs=repairs, source="hf://o/r@abc", publisher="ada")
+    registry.publish("sql", manifest(), SHARED, first)
+    assert registry.publish("sql", manifest(), SHARED, Details(publisher="bob")).proof == {"state": "unproven"}
+    again = registry.publish("sql", manifest(), SHARED, Details(proof={"state": "proven", "gap": 0.5}))
+    assert (again.created, again.proof) == (False, {"state": "proven", "gap": 0.5})
+    assert registry.resolve("sql") == again
+    assert (again.repairs, again.source, again.publisher) == (repairs, "hf://o/r@abc", "ada")
+
+
+def test_proof_found_later_is_remembered_for_all_versions_with_these_bytes(registry: Registry) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("b", 2)):
+        registry.publish(name, manifest(seed), DEDICATED)
+    assert registry.set_proof(manifest(1).digest, {"state": "failed"}) == 2
+    states = [version.proof for name in "ab" for version in registry.versions(name)]
+    assert states == [{"state": "failed"}, None, {"state": "failed"}]
