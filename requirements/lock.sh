@@ -41,7 +41,7 @@ compile_cpu() { # compile_cpu NAME=VALUE... : with these settings for uv
         export UV_FIND_LINKS="$find_links" "$@"
         compile requirements/cpu.txt "serve + train + the CPU engine, on Linux. Left out on purpose: see left-out.txt." \
             "${linux[@]}" --overrides "$work/left-out-cpu.txt" \
-            pyproject.toml "$work/newer-python.txt" --extra train --extra serve --extra cpu
+            pyproject.toml "$work/newer-python.txt" --extra train --extra serve --extra postgres --extra s3 --extra cpu
     )
 }
 compile_cpu UV_NO_PROGRESS=1 2> "$work/plain.log" ||
@@ -57,7 +57,7 @@ fi
 echo 'cuda-python>=13' > "$work/gpu-constraints.txt"
 UPGRADE='' compile requirements/gpu.txt "serve + train + the CUDA engine, on Linux with an NVIDIA GPU." \
     "${linux[@]}" --overrides "$work/left-out-gpu.txt" --constraints "$work/gpu-constraints.txt" \
-    pyproject.toml "$work/newer-python.txt" --extra train --extra serve --extra gpu
+    pyproject.toml "$work/newer-python.txt" --extra train --extra serve --extra postgres --extra s3 --extra gpu
 
 compile requirements/client.txt "The light client on any system: push, ls, show, rollback, inspect. No torch." \
     --universal --constraints "$work/cpu-pins.txt" pyproject.toml
