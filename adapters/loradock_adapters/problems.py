@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from loradock_adapters.codes import fix_of
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -13,7 +15,11 @@ class Problem:
     where: str = ""
     """The file, tensor, module or setting that it is about."""
     fix: str = ""
-    """What the publisher can do about it; empty where there is nothing to do."""
+    """What the publisher can do about it; by default what its code says (codes.py)."""
+
+    def __post_init__(self) -> None:
+        if not self.fix:
+            object.__setattr__(self, "fix", fix_of(self.code))
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}" if self.where else self.message

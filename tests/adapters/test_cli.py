@@ -140,7 +140,13 @@ def test_push_that_the_server_refuses_prints_every_problem_once(
     server.answer = (422, {"error": {"message": "not served; no number", "code": "refused", "problems": found}})
     assert run(["push", str(write_adapter(tmp_path)), "sql"]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
-    assert lines == ["error: refused, 2 problems", "- alora: not served", "- rank: no number", "    say one"]
+    assert lines == [
+        "error: refused, 2 problems",
+        "- alora: not served",
+        "    train a plain LoRA",
+        "- rank: no number",
+        "    say one",
+    ]
 
 
 RESIDENCY = {
