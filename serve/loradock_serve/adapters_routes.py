@@ -1,11 +1,9 @@
-"""`/v1/adapters`: uploading blobs, publishing manifests, listing, rolling back, removing.
+"""`/v1/adapters`: publishing manifests, listing, rolling back, removing. Uploads are in `blobs_routes.py`.
 
 The HTTP side only: what a version is and who may be one is decided in `publish.py` and `loradock_adapters`.
 """
 
-import asyncio
 import json
-import re
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,52 +11,32 @@ from starlette.responses import JSONResponse, Response
 
 from loradock_adapters.names import check_name
 from loradock_adapters.registry import Registry, Version
-from loradock_adapters.store import LocalStore
+from loradock_serve.auth import publisher_of
 from loradock_serve.catalog import Catalog, reasons_json
-from loradock_serve.errors import BadRequestError, LengthRequiredError, TooLargeError
-from loradock_serve.metrics import UPLOADED_BYTES
+from loradock_serve.errors import BadRequestError, TooLargeError
 from loradock_serve.pins import Pins
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Look
 from loradock_serve.states import States
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_MANIFEST_BYTES = 1024**2
-WRITE_AT_ONCE_BYTES = 4 * 1024**2
-"""Chunks are gathered up to this size before a thread writes and hashes them: a thread hop for 64 KiB costs more than
-the work."""
 
 
 def adapters_router(
-    store: LocalStore,
     registry: Registry,
     catalog: Catalog,
     publisher: Publisher,
     states: States,
     pins: Pins,
-    *,
-    max_upload_bytes: int,
 ) -> APIRouter:
     """The routes, bound to their parts."""
     router = APIRouter(prefix="/v1/adapters")
 
-    @router.head("/blobs/{sha256}")
-    async def has_blob(sha256: str) -> Response:
-        return Response(status_code=200 if store.has_blob(_sha256(sha256)) else 404)
-
-    @router.put("/blobs/{sha256}")
-    async def put_blob(sha256: str, request: Request) -> Response:
-        size = _announced_size(request, max_upload_bytes)
-        if store.has_blob(_sha256(sha256)):
-            return JSONResponse({"sha256": sha256, "stored": False})
-        await _receive(store, sha256, size, request)
-        UPLOADED_BYTES.inc(size)
-        return JSONResponse({"sha256": sha256, "stored": True}, 201)
-
     @router.post("/{name}/versions")
     async def publish(name: str, request: Request) -> Response:
-        published = await publisher.publish(name, await _json_object(request))
-        return JSONResponse(published.to_json(), 201 if published.version.created else 200)
+        published = await publisher.publish(name, await _json_object(request), publisher_of(request.scope))
+        location = {"location": f"/v1/models/{published.version.ref}"}
+        return JSONResponse(published.to_json(), 201 if published.version.created else 200, headers=location)
 
     @router.get("")
     async def all_adapters() -> Response:
@@ -135,38 +113,6 @@ def details(current: Version, versions: list[Version], state: str) -> dict[str, 
         "own_chat_template": current.chat_template is not None,
         "versions": history,
     }
-
-
-def _sha256(text: str) -> str:
-    if not SHA256.fullmatch(text):
-        raise BadRequestError("A blob is named by the 64 lower-case hex digits of its sha256", param="sha256")
-    return text
-
-
-def _announced_size(request: Request, limit_bytes: int) -> int:
-    """The body's size from its header, checked before a byte is read."""
-    text = request.headers.get("content-length", "")
-    if not text.isdigit():
-        raise LengthRequiredError("An upload needs a Content-Length header")
-    if int(text) > limit_bytes:
-        raise TooLargeError(f"A file of {text} bytes is over this server's limit of {limit_bytes} (`max_upload_bytes`)")
-    return int(text)
-
-
-async def _receive(store: LocalStore, sha256: str, size: int, request: Request) -> None:
-    """Stream the body into the store; nothing is visible unless size and hash agree at the end."""
-    writer = await asyncio.to_thread(store.writer, sha256, size)
-    try:
-        gathered = bytearray()
-        async for chunk in request.stream():
-            gathered += chunk
-            if len(gathered) >= WRITE_AT_ONCE_BYTES:
-                await asyncio.to_thread(writer.write, bytes(gathered))
-                gathered.clear()
-        await asyncio.to_thread(writer.write, bytes(gathered))
-        await asyncio.to_thread(writer.commit)
-    finally:
-        await asyncio.to_thread(writer.abort)  # harmless after a commit
 
 
 async def _json_object(request: Request) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from loradock_serve.adapter_gauges import AdapterGauges
 from loradock_serve.adapters_routes import adapters_router
 from loradock_serve.auth import Doorkeeper, behind_proxies
 from loradock_serve.base import ServedBase, WeightsHash, find_base
+from loradock_serve.blobs_routes import blobs_router
 from loradock_serve.catalog import Catalog
 from loradock_serve.config import ServeConfig
 from loradock_serve.data_dir import GatewayLock, prepare_data_dir
@@ -269,8 +270,8 @@ def _application(
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
     states = States(fleet, care.residency, care.pins)
     app.include_router(models_router(catalog, publisher, states))
-    limit = config.max_upload_bytes
-    app.include_router(adapters_router(store, registry, catalog, publisher, states, care.pins, max_upload_bytes=limit))
+    app.include_router(blobs_router(store, max_upload_bytes=config.max_upload_bytes))
+    app.include_router(adapters_router(registry, catalog, publisher, states, care.pins))
     app.include_router(pins_router(care.pins, states))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))
     app.include_router(ops_router(fleet, AdapterGauges(registry, catalog, care.residency), care.turnstiles))

@@ -19,6 +19,15 @@ from loradock_serve.http_errors import error_response, log_refusal
 OPEN_PATHS = frozenset({"/livez", "/health"})
 """What load balancers and container health checks ask without a key."""
 
+ADMIN, ANONYMOUS = "admin", "anonymous"
+"""Who can publish: the holder of the admin key, and anybody on this machine where there is no key."""
+_PUBLISHER = "loradock.publisher"
+
+
+def publisher_of(scope: Scope) -> str:
+    """Who sends this request, as `Doorkeeper` found out."""
+    return str(scope.get(_PUBLISHER, ANONYMOUS))
+
 
 class Doorkeeper:
     """Lets a request through to `app`, or answers it 401 or 403."""
@@ -33,6 +42,8 @@ class Doorkeeper:
         if refusal is not None:
             await behind_proxies(_Refused(refusal))(scope, receive, send)
         else:
+            if self._key is not None:
+                scope[_PUBLISHER] = ADMIN
             await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> GatewayError | None:

@@ -22,6 +22,7 @@ from loradock_adapters.names import check_name
 from loradock_adapters.problems import Problem
 from loradock_adapters.registry import Details, Registry, Version
 from loradock_adapters.store import LocalStore
+from loradock_serve.auth import ANONYMOUS
 from loradock_serve.catalog import Catalog, reasons_json
 from loradock_serve.errors import BadRequestError, EngineRefusedError, EngineUnavailableError
 from loradock_serve.fleet import Fleet
@@ -54,6 +55,26 @@ class Published:
         }
 
 
+@dataclass(frozen=True)
+class Options:
+    """What a publish can be told beside its files."""
+
+    force: bool = False
+    """Publish what the gate would refuse only because it is of no use."""
+    publisher: str = ANONYMOUS
+    """Who publishes."""
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any], publisher: str) -> "Options":
+        """The options in a publish's document. Raises BadRequestError."""
+        if unknown := sorted(document.keys() - {"files", "force"}):
+            raise BadRequestError(f"A publish has no such option: {', '.join(map(ascii, unknown[:5]))}", param="files")
+        force = document.get("force", False)
+        if not isinstance(force, bool):
+            raise BadRequestError("`force` is true or false", param="force")
+        return cls(force, publisher)
+
+
 class Publisher:
     """See the top of the file."""
 
@@ -78,7 +99,7 @@ class Publisher:
         self._weights_hash = weights_hash
         self._turns = Turns()
 
-    async def publish(self, name: str, document: Mapping[str, Any]) -> Published:
+    async def publish(self, name: str, document: Mapping[str, Any], publisher: str = ANONYMOUS) -> Published:
         """Publish the manifest in `document` as the next version of `name`.
 
         Raises InvalidNameError, ConflictError, ManifestError, MissingBlobsError, or RefusedError with the gate's
@@ -86,14 +107,13 @@ class Publisher:
         """
         check_name(name)
         self._catalog.check_free(name)
-        if unknown := sorted(document.keys() - {"files"}):
-            raise BadRequestError(f"A publish has no such option: {', '.join(map(ascii, unknown[:5]))}", param="files")
+        options = Options.of(document, publisher)
         manifest = Manifest.from_json(document)
         # A name's versions in the order of their arrival; and nobody discards a directory that another one judges.
         async with self._turns.of(name), self._turns.of(manifest.digest):
-            return await self._publish(name, manifest)
+            return await self._publish(name, manifest, options)
 
-    async def _publish(self, name: str, manifest: Manifest) -> Published:
+    async def _publish(self, name: str, manifest: Manifest, options: Options) -> Published:
         version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
