@@ -33,7 +33,7 @@ COLUMNS = 8
 
 CHUNK = 512
 """Outputs that are summed before they are added to y: four rows of them stay in the nearest cache."""
-ALONE_BELOW = 500_000
+ALONE_BELOW = 2_000_000
 """Multiplications for which waking the other threads costs more than it saves (measured: docs/decisions.md)."""
 
 # Sums may be taken in any order; NaN and infinity keep their meaning.

@@ -4,7 +4,7 @@ vLLM mixes the class into its own worker class; the API server reaches its metho
 steps of the engine: none may take long. Names of adapters are the API server's business: here they are integers.
 Private touches: `worker.model_runner.lora_manager` and, of its `_adapter_manager`, `modules` (and their
 `lora_a_stacked`, `lora_b_stacked`), `lora_slots`, `lora_index_to_id` and `list_adapters`; those of `staging.py`,
-`slot_copy.py`, `adapter_counts.py` and `slot_pins.py` are named there.
+`slot_copy.py`, `adapter_counts.py`, `warm_steps.py` and `slot_pins.py` are named there.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from loradock_serve.inside.plugin import CORRECTED_WRAPPER
 from loradock_serve.inside.slot_copy import copy_into_slots
 from loradock_serve.inside.slot_pins import Answer, SlotPins
 from loradock_serve.inside.staging import Staging
+from loradock_serve.inside.warm_steps import spare_warm_steps
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class LoradockWorker:
             lora_manager = self.model_runner.lora_manager
             manager = lora_manager._adapter_manager
             copy_into_slots(manager)
+            spare_warm_steps(lora_manager)
             self.loradock_books = Books(
                 AdapterCounts(manager), SlotPins(lora_manager), Staging(lora_manager), _slot_bytes(manager)
             )
