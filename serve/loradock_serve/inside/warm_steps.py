@@ -2,9 +2,8 @@
 
 vLLM asks for each adapter of each step whether it is loaded, by a copy of the dictionary of all loaded ones: with 64
 adapters in 64 slots, 4,096 entries copied before every step (3% of a step of a small model on two cores). Here such a
-step only moves its adapters to the young end of both caches, which is all that stock code would have changed. The touch:
-`LRUCacheWorkerLoRAManager._apply_adapters` of one worker's manager, which also has to be this module's before `SlotPins`
-wraps it.
+step only moves its adapters to the young end of both caches, which is all that stock code would have changed. The
+touch: `LRUCacheWorkerLoRAManager._apply_adapters` of one worker's manager, before `SlotPins` wraps it in turn.
 """
 
 from collections.abc import Callable
