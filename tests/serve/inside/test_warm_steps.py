@@ -1,6 +1,7 @@
 """The shorter way of a step leaves vLLM's caches as the long one does."""
 
 import random
+from collections.abc import Sequence
 
 import pytest
 
@@ -8,7 +9,7 @@ from loradock_serve.inside.warm_steps import spare_warm_steps
 from loradock_testing.vllm_managers import BareWorkerManager
 
 
-def state(worker: BareWorkerManager) -> list[list[int | None]]:
+def state(worker: BareWorkerManager) -> list[Sequence[int | None]]:
     manager = worker._adapter_manager
     return [worker.slots, list(manager._active_adapters.order), list(manager._registered_adapters.order), worker.read]
 
@@ -36,9 +37,14 @@ def test_step_whose_adapters_all_lie_in_slots_copies_no_list_of_adapters(monkeyp
     worker = BareWorkerManager(4, 8)
     spare_warm_steps(worker)
     worker.batch(1, 2, 3)
-    copies: list[int] = []
+    copies: list[set[int]] = []
     stock = type(worker).list_adapters
-    monkeypatch.setattr(type(worker), "list_adapters", lambda self: copies.append(1) or stock(self))
+
+    def counted(self: BareWorkerManager) -> set[int]:
+        copies.append(stock(self))
+        return copies[-1]
+
+    monkeypatch.setattr(type(worker), "list_adapters", counted)
 
     worker.batch(3, 1)
     assert not copies
