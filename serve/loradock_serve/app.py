@@ -53,6 +53,7 @@ from loradock_serve.sizing import Advice, LoraSizing
 from loradock_serve.states import States
 from loradock_serve.traffic_record import TrafficRecord
 from loradock_serve.turnstile import Turnstiles
+from loradock_serve.waiting_room import WaitingRoom
 from loradock_serve.weights import StoredWeights
 
 log = logging.getLogger("loradock.gateway")
@@ -264,7 +265,13 @@ def _application(
 
     app = FastAPI(title="Loradock", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     proxy = OpenAIProxy(
-        catalog, fleet, care.turnstiles, max_body_bytes=config.max_body_bytes, timeout_s=config.request_timeout_s
+        catalog,
+        fleet,
+        care.turnstiles,
+        WaitingRoom(config.admission.max_queue, int(config.admission.max_queue_gib * 1024**3)),
+        max_body_bytes=config.max_body_bytes,
+        timeout_s=config.request_timeout_s,
+        max_n=config.admission.max_n,
     )
     for path in OPENAI_PATHS:  # the router sees what is no POST, and refuses it
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))

@@ -64,6 +64,17 @@ def seats_of(payload: Mapping[str, Any]) -> int:
     return copies
 
 
+def check_n(payload: Mapping[str, Any], limit: int) -> None:
+    """BadRequestError where one request wants so many answers that it would have the engine for itself for long."""
+    for key in ("n", "best_of"):
+        n = payload.get(key)
+        if isinstance(n, int) and n > limit:
+            raise BadRequestError(
+                f"`{key}` is {n}, over this server's limit of {limit} (`admission.max_n`): send several requests",
+                param=key,
+            )
+
+
 def timeout_of(header: str, limit_s: float) -> tuple[float, str]:
     """Seconds that a request may take, and what says so: its `x-request-timeout` where it has one, at most the
     server's limit."""

@@ -111,7 +111,12 @@ class AdmissionConfig(BaseModel):
     """Seconds after which a waiting request comes before newer ones, whatever their priority, and a slot is drained for
     its adapter. Default 10."""
     max_queue: Annotated[int, Field(ge=1)] = 4096
-    """Requests that may wait for one engine; more are answered 429. Minimum 1. Default 4096."""
+    """Requests that may wait for one engine; more are answered 429. As many more may wait for engines that are starting
+    and adapters that are being read. Minimum 1. Default 4096."""
+    max_queue_gib: Annotated[float, Field(gt=0)] = 1.0
+    """Memory for the bodies of all requests that wait, in GiB; more are answered 429. Default 1."""
+    max_n: Annotated[int, Field(ge=1)] = 128
+    """Answers that one request may want for each of its prompts (`n`). Minimum 1. Default 128, as at OpenAI."""
     max_queue_per_tenant: Annotated[int, Field(ge=1)] = 1024
     """Requests of one tenant that may wait for one engine; more are answered 429. Minimum 1. Default 1024."""
     weights: Mapping[str, Annotated[float, Field(gt=0)]] = {}

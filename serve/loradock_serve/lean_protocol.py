@@ -28,6 +28,9 @@ from loradock_serve.batched_writes import batched_writes
 
 HANG_UP = "loradock.hang_up"
 BODY = "http.response.body"
+READ_AHEAD_BYTES = 1024**2
+"""What may wait to be sent to one client before whoever makes it waits, too: longer than most answers, so that the
+engine's place is free when the engine is done, however slowly the client reads."""
 STALLED_S = 60.0
 """How long a client may take nothing at all of what waits to be sent to it; then its connection is broken."""
 
@@ -203,6 +206,7 @@ class LeanProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """asyncio."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=READ_AHEAD_BYTES)
         self.writes = batched_writes()
 
     # httptools

@@ -84,7 +84,7 @@ ADMITTED = Gauge(
 )
 NOT_ADMITTED = Counter(
     "loradock_queue_rejected_total",
-    "Requests that did not get their turn: queue_full, tenant_queue_full, deadline, client_gone.",
+    "Requests that did not get their turn: queue_full, tenant_queue_full, queue_bytes_full, deadline, client_gone.",
     ["reason"],
     registry=REGISTRY,
 )

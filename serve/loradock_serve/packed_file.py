@@ -25,6 +25,9 @@ from loradock_adapters.errors import LoradockError
 from loradock_adapters.lora_keys import LoraKey, RankPatterns, parse_key
 from loradock_adapters.safetensors_header import DTYPE_BITS, TensorInfo, read_header
 
+VERSION = 1
+"""Of what this module writes: to be raised when the same adapter would be written differently, so that nobody reads
+what an older Loradock made."""
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Number formats of engines, as safetensors calls them."""

@@ -1,6 +1,6 @@
 """The packed forms of adapters on this machine's disk: made once, kept while there is room.
 
-    data_dir/packed/<hex of the version's digest>-<form>/     see packed_file.py
+    data_dir/packed/<hex of the version's digest>-<form>.<n>/     see packed_file.py; n: its VERSION
 
 They are copies that can be made again: an engine which finds one gone reads the version's own directory. So the least
 recently used go when `limit_bytes` is reached, whoever may use them, and a mapped one lives on until the engine lets go
@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loradock_adapters.errors import LoradockError
-from loradock_serve.packed_file import FORMS, NotPackableError, Recipe, is_whole
+from loradock_serve.packed_file import FORMS, VERSION, NotPackableError, Recipe, is_whole
 
 log = logging.getLogger("loradock.packing")
 
@@ -62,7 +62,7 @@ class PackedAdapters:
             await loop.run_in_executor(self._packers, self._remove, self._target(digest, form))
 
     def _target(self, digest: str, form: str) -> Path:
-        return self._root / f"{digest.removeprefix('sha256:')}-{form}"
+        return self._root / f"{digest.removeprefix('sha256:')}-{form}.{VERSION}"
 
     async def _in_thread(self, source: Path, target: Path, form: str) -> Path | None:
         return await asyncio.get_running_loop().run_in_executor(self._packers, self._ready, source, target, form)

@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from loradock_adapters.errors import LoradockError
 from loradock_serve import metrics, rewrite
-from loradock_serve.asks import ask_of, timeout_of
+from loradock_serve.asks import ask_of, check_n, timeout_of
 from loradock_serve.catalog import Catalog, Resolved
 from loradock_serve.comments import Comments
 from loradock_serve.cut_short import ClientGoneError, CutShort
@@ -34,6 +34,7 @@ from loradock_serve.reply import Reply
 from loradock_serve.sse import Usage
 from loradock_serve.tickets import Ask
 from loradock_serve.turnstile import Turn, Turnstiles
+from loradock_serve.waiting_room import WaitingRoom
 
 log = logging.getLogger("loradock.requests")
 
@@ -50,12 +51,22 @@ class OpenAIProxy:
     """The ASGI endpoint of every OpenAI route that runs a model."""
 
     def __init__(
-        self, catalog: Catalog, fleet: Fleet, turnstiles: Turnstiles, *, max_body_bytes: int, timeout_s: float
+        self,
+        catalog: Catalog,
+        fleet: Fleet,
+        turnstiles: Turnstiles,
+        room: WaitingRoom,
+        *,
+        max_body_bytes: int,
+        timeout_s: float,
+        max_n: int,
     ) -> None:
         self._catalog = catalog
         self._fleet = fleet
         self._turnstiles = turnstiles
+        self._room = room
         self._max_body_bytes = max_body_bytes
+        self._max_n = max_n
         self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,6 +104,7 @@ class OpenAIProxy:
         resolved = self._catalog.resolve_to_answer(reply.model)
         reply.version = resolved.version
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour, body)
+        check_n(payload, self._max_n)
         ask = ask_of(payload, len(body), resolved.version.digest if resolved.version else None, deadline_at)
         if not await self._attempt(scope, reply, resolved, out, ask):
             # The engine did not know the adapter: something else restarted it, or a removal overtook this request.
@@ -103,16 +115,19 @@ class OpenAIProxy:
     ) -> bool:
         """False where the engine does not know the adapter, and nothing has been answered."""
         arrived_at: float | None = None
-        async with Comments(reply, f"waiting for the engine of {resolved.public_name}", wanted=out.streams) as comments:
-            while True:
-                async with (
-                    self._fleet.lease(resolved.version) as target,
-                    self._turnstiles.turn(target, ask, arrived_at) as turn,
-                ):
-                    if turn.is_current:
-                        await comments.stop()
-                        return await self._exchange(scope, reply, resolved, out, target, turn, last=last)
-                    arrived_at = turn.arrived_at  # its engine ended while it waited: it keeps its age on the next start
+        with self._room.place(len(out.body)) as place:
+            place.take()
+            async with Comments(reply, f"waiting for the engine of {resolved.public_name}", wanted=out.streams) as said:
+                while True:
+                    async with self._fleet.lease(resolved.version) as target:
+                        place.reach_engine()
+                        async with self._turnstiles.turn(target, ask, arrived_at) as turn:
+                            if turn.is_current:
+                                place.leave()
+                                await said.stop()
+                                return await self._exchange(scope, reply, resolved, out, target, turn, last=last)
+                            # Its engine ended while it waited: it keeps its age on the next start.
+                            arrived_at = turn.arrived_at
 
     async def _exchange(
         self,
@@ -130,11 +145,12 @@ class OpenAIProxy:
         reply.queue_s = turn.waited_s
         try:
             async with target.client.post(path, out.body, _engine_headers(scope, reply.request_id)) as answer:
-                if answer.status == 404 and resolved.is_adapter and not last:
-                    self._fleet.lost(target)
-                    return False
                 if answer.status != 200:
-                    await _pass_error(answer, target, out, reply, path)
+                    text = await answer.read(MAX_ERROR_BYTES)
+                    if not last and resolved.is_adapter and _is_unknown(resolved.engine_name, answer.status, text):
+                        self._fleet.lost(target)
+                        return False
+                    await _pass_error(answer.status, text, target, out, reply, path)
                 elif answer.content_type == "text/event-stream":
                     await _stream(answer, target, out, reply, turn)
                 else:
@@ -147,17 +163,22 @@ class OpenAIProxy:
         return True
 
 
-async def _pass_error(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, path: str) -> None:
-    text = await answer.read(MAX_ERROR_BYTES)
-    if answer.status >= 500 and await target.client.is_healthy() is False:
+def _is_unknown(engine_name: str, status: int, text: bytes) -> bool:
+    """Whether the engine says that it has no such model; its other reasons for a 404 (a `previous_response_id` that it
+    does not know) are the client's business."""
+    return status == 404 and engine_name.encode() in text
+
+
+async def _pass_error(status: int, text: bytes, target: Target, out: rewrite.Outgoing, reply: Reply, path: str) -> None:
+    if status >= 500 and await target.client.is_healthy() is False:
         target.engine.suspect()
         raise EngineUnavailableError(f"The engine of {out.public_name!r} died; it is being restarted")
     error = rewrite.engine_error(text, out)
-    if answer.status in (404, 405) and error["type"] in ("Not Found", "Method Not Allowed"):
+    if status in (404, 405) and error["type"] in ("Not Found", "Method Not Allowed"):
         raise EngineRouteError(f"The engine of {out.public_name!r} has no {path}: its model does another task")
-    if not 400 <= answer.status < 600:
-        raise EngineError(f"The engine of {out.public_name!r} answered with status {answer.status}")
-    await reply.fail_with(answer.status, error)
+    if not 400 <= status < 600:
+        raise EngineError(f"The engine of {out.public_name!r} answered with status {status}")
+    await reply.fail_with(status, error)
 
 
 async def _stream(answer: Answer, target: Target, out: rewrite.Outgoing, reply: Reply, turn: Turn) -> None:

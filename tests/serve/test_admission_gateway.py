@@ -19,6 +19,8 @@ from loradock_testing.gateway import Served, serving
 from loradock_testing.tiny_checkpoints import write_adapter
 from loradock_testing.waiting import until
 
+NARROW_GIB = 1e-4
+
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
@@ -30,7 +32,7 @@ async def narrow(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         monkeypatch.setattr(engine_module, "FIRST_PAUSE_S", 0.02)
         monkeypatch.setattr(engine_module, "READY_POLL_S", 0.05)
         engine = {"max_loras": 2, "max_num_seqs": 2}
-        admission = {"max_queue": 4, "max_queue_per_tenant": 3, "max_wait_s": 60.0}
+        admission = {"max_queue": 4, "max_queue_per_tenant": 3, "max_wait_s": 60.0, "max_queue_gib": NARROW_GIB}
         async with serving(place, monkeypatch, engine=engine, admission=admission) as running:
             await running.until_ready()
             for n, name in enumerate(("a", "b", "c", "d")):
@@ -149,6 +151,28 @@ async def test_full_queue_is_answered_429_with_the_time_to_come_again(narrow: Se
     assert [answer.status_code for answer in await asyncio.gather(*mine)] == [200] * 4
     assert "full-too-many" not in await prompts(narrow)
     assert (refused("tenant_queue_full"), refused("queue_full")) == (before[0] + 1, before[1] + 1)
+
+
+async def test_request_for_endless_answers_is_refused_before_it_waits(narrow: Served) -> None:
+    answer = await narrow.complete("base", "too-many", n=129)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "n")
+    assert "129, over this server's limit of 128 (`admission.max_n`)" in error["message"]
+    assert "too-many" not in await prompts(narrow)
+
+
+async def test_bodies_of_those_that_wait_are_bounded(narrow: Served) -> None:
+    size = int(NARROW_GIB * 1024**3)
+    async with held(narrow, "base", "base"):
+        waiting = await queue_up(narrow, "base", "b" * (size // 2))
+        answer = await narrow.complete("base", "c" * size)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_bytes_full")
+        assert int(answer.headers["retry-after"]) > 0
+        small = await queue_up(narrow, "base", "still welcome")
+    assert [(await request).status_code for request in (waiting, small)] == [200, 200]
+    async with held(narrow, "base", "base"):
+        again = await queue_up(narrow, "base", "c" * size)  # alone it may wait, whatever its size
+    assert (await again).status_code == 200
 
 
 async def test_request_whose_time_is_over_never_reaches_the_engine(narrow: Served) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from loradock_adapters.passport import Passport, PassportBase, weights_sha256, write_passport
+from loradock_serve import packed_file
 from loradock_serve.app import build_gateway
 from loradock_serve.config import ServeConfig
 from loradock_serve.engine_command import Machine
@@ -46,7 +47,7 @@ async def test_adapter_is_packed_for_the_engine_when_it_is_pushed_and_unpacked_w
     digest = (await served.push(write_adapter(tmp_path / "a"), "first")).json()["digest"]
 
     packed = Path((await served.seen())["packed"][digest])
-    assert packed == served.data_dir / "packed" / f"{digest.removeprefix('sha256:')}-float32-cpu"
+    assert packed == served.data_dir / "packed" / f"{digest.removeprefix('sha256:')}-float32-cpu.{packed_file.VERSION}"
     assert sorted(path.name for path in packed.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
     await served.client.delete("/v1/adapters/first")

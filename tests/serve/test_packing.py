@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loradock_serve import packing
-from loradock_serve.packed_file import WEIGHTS, Recipe
+from loradock_serve.packed_file import VERSION, WEIGHTS, Recipe
 from loradock_serve.packing import GONE, PARTIAL, PackedAdapters
 from loradock_testing.three_layers import adapter_at, tensors
 
@@ -40,10 +40,10 @@ async def test_packed_form_is_made_once_however_many_ask(tmp_path: Path, monkeyp
     later = await packs_at(root).directory_of(ONE, source, "bfloat16")
     other = await packs.directory_of(ONE, source, "float16")
 
-    assert {*found, later} == {root / f"{'1' * 64}-bfloat16"}
-    assert other == root / f"{'1' * 64}-float16"
+    assert {*found, later} == {root / f"{'1' * 64}-bfloat16.{VERSION}"}
+    assert other == root / f"{'1' * 64}-float16.{VERSION}"
     assert len(written) == 2
-    assert names(root) == [f"{'1' * 64}-bfloat16", f"{'1' * 64}-float16"]
+    assert names(root) == [f"{'1' * 64}-bfloat16.{VERSION}", f"{'1' * 64}-float16.{VERSION}"]
 
 
 async def test_adapter_that_would_not_change_is_used_where_it_is(tmp_path: Path) -> None:
@@ -91,7 +91,9 @@ async def test_crash_half_way_leaves_nothing_that_counts(tmp_path: Path) -> None
     packs = packs_at(root)
 
     assert names(root) == [living]  # another gateway is at it
-    assert await packs.directory_of(ONE, adapter_at(tmp_path / "a"), "bfloat16") == root / f"{'1' * 64}-bfloat16"
+    assert (
+        await packs.directory_of(ONE, adapter_at(tmp_path / "a"), "bfloat16") == root / f"{'1' * 64}-bfloat16.{VERSION}"
+    )
 
 
 async def test_damaged_packed_form_is_made_again(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ async def test_least_recently_used_goes_when_the_disk_is_full_and_stays_mapped(t
 
     await packs.directory_of(THREE, source, "bfloat16")
 
-    assert names(root) == [f"{'1' * 64}-bfloat16", f"{'3' * 64}-bfloat16"]
+    assert names(root) == [f"{'1' * 64}-bfloat16.{VERSION}", f"{'3' * 64}-bfloat16.{VERSION}"]
     assert mapped.numpy().tobytes() == (first / WEIGHTS).read_bytes()
     assert await packs.directory_of(TWO, source, "bfloat16") == second  # and can be made again
 
@@ -136,8 +138,8 @@ async def test_packed_forms_leave_with_their_version(tmp_path: Path) -> None:
     await packs.discard(ONE)
     await packs.discard(THREE)  # which was never packed
 
-    assert names(root) == [f"{'2' * 64}-bfloat16", f"{'2' * 64}-float32"]
-    assert await packs.directory_of(ONE, source, "bfloat16") == root / f"{'1' * 64}-bfloat16"
+    assert names(root) == [f"{'2' * 64}-bfloat16.{VERSION}", f"{'2' * 64}-float32.{VERSION}"]
+    assert await packs.directory_of(ONE, source, "bfloat16") == root / f"{'1' * 64}-bfloat16.{VERSION}"
 
 
 async def test_caller_that_gives_up_does_not_stop_the_packing(tmp_path: Path) -> None:
@@ -147,5 +149,5 @@ async def test_caller_that_gives_up_does_not_stop_the_packing(tmp_path: Path) ->
     await asyncio.sleep(0)
     impatient.cancel()
 
-    assert await packs.directory_of(ONE, source, "bfloat16") == root / f"{'1' * 64}-bfloat16"
+    assert await packs.directory_of(ONE, source, "bfloat16") == root / f"{'1' * 64}-bfloat16.{VERSION}"
     assert impatient.cancelled()

@@ -178,7 +178,7 @@ async def test_body_over_the_limit_is_refused(shared: Served, monkeypatch: pytes
 # The engine says no
 
 
-@pytest.mark.parametrize(("prompt", "status"), [("!400", 400), ("!500", 500)])
+@pytest.mark.parametrize(("prompt", "status"), [("!400", 400), ("!404", 404), ("!500", 500)])
 async def test_engines_own_error_is_passed_on_as_the_engines(shared: Served, prompt: str, status: int) -> None:
     for streams in (False, True):
         answer = await shared.complete("base", prompt, stream=streams)
@@ -203,6 +203,15 @@ async def test_adapter_that_the_engine_forgot_is_loaded_again_unnoticed(shared: 
     assert current is not None
     await current.client.unload_adapter(pushed["digest"])
     assert await shared.text("forgotten", "x") == f"{pushed['digest']}:x"
+
+
+async def test_404_of_another_reason_is_the_clients_and_the_adapter_stays(shared: Served, tmp_path: Any) -> None:
+    pushed = (await shared.push(write_adapter(tmp_path / "a", seed=12), "kept")).json()
+    loads = (await shared.seen())["loads"]
+    answer = await shared.complete("kept", "!404")
+    assert (answer.status_code, answer.json()["error"]["source"]) == (404, "engine")
+    assert (await shared.seen())["loads"] == loads
+    assert await shared.text("kept", "x") == f"{pushed['digest']}:x"
 
 
 # The engine dies

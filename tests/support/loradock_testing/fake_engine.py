@@ -30,6 +30,7 @@ class FakeEngine:
         """The least recently used first, as long as there are slots (`--max-loras`)."""
         self.counts = {"reads": 0, "activations": 0, "slot_evictions": 0, "cpu_evictions": 0}
         self.statuses = 0
+        self.loads = 0
         self.requests: list[dict[str, Any]] = []
         self.aborted = 0
         self.healthy = True
@@ -83,6 +84,7 @@ class FakeEngine:
             return web.json_response({"error": {"message": f"no adapter at {body['path']}"}}, status=400)
         if os.environ.get("FAKE_ENGINE_REFUSES") == "1":
             return web.json_response({"error": {"message": "rank 99 is greater than max_lora_rank 64"}}, status=400)
+        self.loads += 1
         self.adapters[body["name"]] = body["path"]
         self.packed[body["name"]] = body.get("packed")
         return web.json_response({})
@@ -129,6 +131,7 @@ class FakeEngine:
                 "packed": self.packed,
                 "pinned": self.pinned,
                 "statuses": self.statuses,
+                "loads": self.loads,
             }
         )
 
@@ -188,12 +191,14 @@ class FakeEngine:
         return response
 
     async def _misbehave(self, prompt: str, request: web.Request) -> web.StreamResponse | None:
-        """Before a byte of the answer: `!exit` ends the process, `!500`, `!400`, `!sick` fail, `!wait` hangs."""
+        """Before the first byte: `!exit` ends the process, `!500`, `!404`, `!400`, `!sick` fail, `!wait` hangs."""
         match prompt.split()[0]:
             case "!exit":
                 os._exit(9)
             case "!500":
                 return _json({"error": {"message": f"broke on {self.base}", "type": "X", "code": 500}}, 500)
+            case "!404":
+                return _json({"error": {"message": "no response with this id", "type": "X", "code": 404}}, 404)
             case "!400":
                 return _json({"error": {"message": "max_tokens must be at least 1", "type": "X", "code": 400}}, 400)
             case "!sick":
