@@ -105,6 +105,6 @@ async def test_adapter_whose_passport_names_other_base_weights_is_refused(
 
 
 async def test_publish_with_an_unknown_option_is_refused_and_not_ignored(served: Served) -> None:
-    answer = await served.client.post("/v1/adapters/some/versions", json={"files": [], "force": True})
+    answer = await served.client.post("/v1/adapters/some/versions", json={"files": [], "forced": True})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
-    assert "'force'" in answer.json()["error"]["message"]
+    assert "'forced'" in answer.json()["error"]["message"]
