@@ -11,6 +11,11 @@
     ├── BaseModelError               the base's own config or weights cannot be read
     ├── DigestMismatchError          bytes that are not the ones their sha256 announced
     ├── MissingBlobsError            a manifest that names bytes the store does not hold
+    ├── UploadError                  an upload that cannot go on as it was asked
+    │   ├── WrongOffsetError         it does not begin where the last one ended; carries where that is
+    │   ├── UploadBusyError          another one writes the same content now; carries when to try again
+    │   └── UploadQuotaError         its publisher has uploaded too much that nobody published
+    ├── NoRoomError                  the disk cannot hold what is announced
     ├── RegistryError                the registry cannot be opened or brought up to date
     ├── ServerError                  the server answered with an error (client side)
     │   └── UnreachableError         the server did not answer at all
@@ -101,6 +106,44 @@ class MissingBlobsError(LoradockError):
         super().__init__(
             f"{len(self.missing)} of the manifest's files were not uploaded, the first is {self.missing[0]}"
         )
+
+
+class UploadError(LoradockError):
+    """An upload that cannot go on as it was asked."""
+
+    code = "upload"
+
+
+class WrongOffsetError(UploadError):
+    """A piece that does not begin where the last one ended."""
+
+    code = "wrong_offset"
+
+    def __init__(self, sha256: str, offset: int, held_bytes: int) -> None:
+        super().__init__(f"the piece begins at byte {offset}, and {held_bytes} bytes of {sha256} are here: go on there")
+        self.held_bytes = held_bytes
+
+
+class UploadBusyError(UploadError):
+    """Another upload writes the same content now."""
+
+    code = "upload_busy"
+    retry_after_s = 1
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(f"another upload of {sha256} is under way: ask in a moment whether it is there")
+
+
+class UploadQuotaError(UploadError):
+    """Too much is uploaded and not published."""
+
+    code = "upload_quota"
+
+
+class NoRoomError(LoradockError):
+    """The disk cannot hold what is announced."""
+
+    code = "storage_full"
 
 
 class RegistryError(LoradockError):

@@ -210,6 +210,12 @@ class Registry:
         with self._engine.connect() as connection:
             return set(connection.execute(sa.select(versions.c.digest).distinct()).scalars())
 
+    def blobs(self) -> set[str]:
+        """The sha256 of every content of every version."""
+        with self._engine.connect() as connection:
+            manifests = connection.execute(sa.select(versions.c.manifest)).scalars()
+            return {entry["sha256"] for manifest in manifests for entry in manifest["files"]}
+
     def counts(self) -> Counts:
         query = sa.select(
             sa.func.count(sa.distinct(versions.c.name)), sa.func.count(), sa.func.count(sa.distinct(versions.c.digest))

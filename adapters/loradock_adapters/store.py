@@ -58,6 +58,20 @@ class LocalStore:
         """Takes one content as it comes. `size_bytes` is its announced size, where there is one."""
         return BlobWriter(self.blob_path(sha256), self._tmp, sha256, size_bytes)
 
+    def take(self, path: Path, sha256: str) -> None:
+        """Makes a file on this disk a blob, by moving it. It must have been verified and synced."""
+        target = self.blob_path(sha256)
+        path.chmod(_READ_ONLY_FILE)
+        if not target.parent.is_dir():
+            target.parent.mkdir(exist_ok=True)
+            _sync_directory(self._blobs)
+        path.rename(target)
+        _sync_directory(target.parent)
+
+    def discard_blob(self, sha256: str) -> None:
+        """Removes a content. Versions that were made of it keep theirs: they have links of their own."""
+        self.blob_path(sha256).unlink(missing_ok=True)
+
     def put_file(self, path: Path, entry: FileEntry) -> None:
         """Takes a content from a local file."""
         if self.has_blob(entry.sha256):
@@ -144,11 +158,14 @@ class LocalStore:
                 path.parent.mkdir()
                 folders.add(path.parent)
             blob = self.blob_path(entry.sha256)
-            if (size_bytes := blob.stat().st_size) != entry.size_bytes:
+            try:
+                os.link(blob, path)
+            except FileNotFoundError:  # it expired since somebody looked
+                raise MissingBlobsError([entry.sha256]) from None
+            if (size_bytes := path.stat().st_size) != entry.size_bytes:
                 raise DigestMismatchError(
                     f"{entry.path}: the manifest says {entry.size_bytes} bytes, the content has {size_bytes}"
                 )
-            os.link(blob, path)
         for folder in folders:
             folder.chmod(_READ_ONLY_DIRECTORY)
             _sync_directory(folder)

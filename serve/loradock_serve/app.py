@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
+from loradock_adapters.uploads import UploadLimits, Uploads
 from loradock_serve import rewrite
 from loradock_serve.adapter_gauges import AdapterGauges
 from loradock_serve.adapters_routes import adapters_router
@@ -53,6 +54,7 @@ from loradock_serve.sizing import Advice, LoraSizing
 from loradock_serve.states import States
 from loradock_serve.traffic_record import TrafficRecord
 from loradock_serve.turnstile import Turnstiles
+from loradock_serve.upload_sweeps import UploadSweeps
 from loradock_serve.waiting_room import WaitingRoom
 from loradock_serve.weights import StoredWeights
 
@@ -106,7 +108,11 @@ def _join(
     engines = _Engines(config, machine, base, lora, socket_dir)
     packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
-    publisher = Publisher(store, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model))
+    told = config.uploads
+    uploads = Uploads(store, UploadLimits(told.max_unpublished_bytes, told.max_unpublished_files, told.keep_s))
+    publisher = Publisher(
+        store, uploads, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model)
+    )
     turnstiles = Turnstiles(config.admission)
     care = _Care(
         Residency(fleet, store.has_version),
@@ -115,6 +121,8 @@ def _join(
         lambda: make_plan(config, base, machine, registry),
         advice if config.engine.url is None else None,
         turnstiles,
+        uploads,
+        UploadSweeps(uploads, registry, config.uploads.keep_s),
     )
     app = _application(config, store, registry, catalog, fleet, publisher, care, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice, care.pins)
@@ -140,6 +148,8 @@ class _Care:
     running: Advice | None
     """What our own engine was started with; None where something else starts it."""
     turnstiles: Turnstiles
+    uploads: Uploads
+    sweeps: UploadSweeps
 
 
 def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: EngineLimits) -> Fit:
@@ -251,9 +261,11 @@ def _application(
         fleet.start()
         care.pins.start()
         care.traffic.start()
+        care.sweeps.start()
         try:
             yield
         finally:
+            await care.sweeps.stop()
             await care.pins.stop()
             await fleet.stop()
             await care.traffic.stop()
@@ -277,7 +289,7 @@ def _application(
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
     states = States(fleet, care.residency, care.pins)
     app.include_router(models_router(catalog, publisher, states))
-    app.include_router(blobs_router(store, max_upload_bytes=config.max_upload_bytes))
+    app.include_router(blobs_router(store, care.uploads, config))
     app.include_router(adapters_router(registry, catalog, publisher, states, care.pins))
     app.include_router(pins_router(care.pins, states))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))

@@ -126,6 +126,24 @@ class AdmissionConfig(BaseModel):
     """Seconds for which requests for an adapter gather before it takes a slot, where slots are too few. Default 0."""
 
 
+class UploadsConfig(BaseModel):
+    """What publishers may upload before they publish it. A publisher is the holder of a key, or anybody without one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_unpublished_bytes: Annotated[int, Field(ge=1024)] = 512 * 1024**3
+    """Bytes that one publisher may have uploaded, or begun to, and not published. Minimum 1024. Default 512 GiB."""
+    max_unpublished_files: Annotated[int, Field(ge=1)] = 4096
+    """Files of the same. Minimum 1. Default 4096."""
+    max_parallel: Annotated[int, Field(ge=1)] = 16
+    """Files that one publisher may send at the same moment; more are answered 429. Minimum 1. Default 16."""
+    stall_s: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds in which 64 KiB of an upload have to come, else its connection is closed; what came is kept. Default
+    30."""
+    keep_s: Annotated[float, Field(gt=0)] = 86400.0
+    """Seconds after which what came, and nobody continued or published, is removed. Default 86400, a day."""
+
+
 def _expanded(path: Path) -> Path:
     return path.expanduser()
 
@@ -155,6 +173,8 @@ class ServeConfig(BaseModel):
     """Largest JSON body in bytes. Minimum 1024. Default 64 MiB."""
     max_upload_bytes: Annotated[int, Field(ge=1024)] = 256 * 1024**3
     """Largest single uploaded file in bytes. Minimum 1024. Default 256 GiB."""
+    uploads: UploadsConfig = UploadsConfig()
+    """What publishers may upload before they publish it."""
     engine: EngineConfig = EngineConfig()
     """The engine that holds the base."""
     dedicated: DedicatedConfig = DedicatedConfig()

@@ -13,7 +13,7 @@ from typing import IO
 from loradock_serve.errors import ServeConfigError
 
 LOCK_NAME = "gateway.lock"
-PARTS = ("blobs", "versions", "tmp", "logs", "merged", "packed")
+PARTS = ("blobs", "versions", "uploads", "tmp", "logs", "merged", "packed")
 """What the store, the engines and the merges write into."""
 
 

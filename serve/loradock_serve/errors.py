@@ -13,6 +13,8 @@ LoradockError
     │   └── PinLimitError         all slots but one are pinned already
     ├── LengthRequiredError       an upload that does not say how long it is
     ├── TooLargeError             a body is over its limit
+    ├── TooManyUploadsError       one publisher sends too many files at once; carries Retry-After
+    ├── UploadStalledError        an upload of which hardly anything comes
     ├── StorageFullError          there is no room on the disk for what was sent
     ├── DeadlineError             the request took longer than the server, or its client, lets it
     ├── QueueFullError            too many requests wait already; carries Retry-After
@@ -111,6 +113,19 @@ class LengthRequiredError(GatewayError):
     """An upload without a Content-Length header."""
 
     code = "length_required"
+
+
+class TooManyUploadsError(GatewayError):
+    """One publisher sends more files at the same moment than it may."""
+
+    code = "too_many_uploads"
+    retry_after_s = 1
+
+
+class UploadStalledError(GatewayError):
+    """Hardly anything of an upload comes; what came is kept."""
+
+    code = "upload_stalled"
 
 
 class StorageFullError(GatewayError):

@@ -31,9 +31,11 @@ STATUS: Mapping[type[Exception], int] = {
     serve.ForbiddenError: 403,
     serve.ModelNotFoundError: 404,
     serve.ConflictError: 409,
+    serve.UploadStalledError: 408,
     serve.LengthRequiredError: 411,
     serve.TooLargeError: 413,
     serve.QueueFullError: 429,
+    serve.TooManyUploadsError: 429,
     serve.DeadlineError: 504,
     serve.StorageFullError: 507,
     serve.EngineRouteError: 404,
@@ -45,6 +47,10 @@ STATUS: Mapping[type[Exception], int] = {
     adapters.DigestMismatchError: 400,
     adapters.NotFoundError: 404,
     adapters.MissingBlobsError: 409,
+    adapters.UploadQuotaError: 413,
+    adapters.WrongOffsetError: 416,
+    adapters.UploadBusyError: 423,
+    adapters.NoRoomError: 507,
     adapters.RefusedError: 422,
 }
 TYPE: Mapping[int, str] = {
@@ -52,15 +58,21 @@ TYPE: Mapping[int, str] = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     409: "conflict_error",
     411: "invalid_request_error",
     413: "invalid_request_error",
+    416: "invalid_request_error",
     422: "invalid_request_error",
+    423: "conflict_error",
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
     507: "storage_error",
 }
+UPLOAD_OFFSET = "upload-offset"
+"""How much of a content is here; the next piece begins there."""
+_SOON = serve.TooManyUploadsError | adapters.UploadBusyError
 
 
 def status_of(error: Exception) -> int:
@@ -82,12 +94,18 @@ def error_object(error: LoradockError) -> dict[str, Any]:
         body["problems"] = [problem.to_json() for problem in error.problems]
     if isinstance(error, adapters.MissingBlobsError):
         body["missing"] = list(error.missing)
+    if isinstance(error, adapters.WrongOffsetError):
+        body["offset_bytes"] = error.held_bytes
     return body
 
 
 def headers_of(error: LoradockError) -> dict[str, str]:
     """Headers that go with an error."""
-    if isinstance(error, serve.EngineUnavailableError | serve.QueueFullError):
+    if isinstance(error, adapters.WrongOffsetError):
+        return {UPLOAD_OFFSET: str(error.held_bytes)}
+    if isinstance(error, serve.UploadStalledError):
+        return {"connection": "close"}
+    if isinstance(error, serve.EngineUnavailableError | serve.QueueFullError | _SOON):
         return {"retry-after": str(error.retry_after_s)}
     if isinstance(error, serve.UnauthorizedError):
         return {"www-authenticate": "Bearer"}

@@ -15,13 +15,14 @@ from loradock_adapters.base import BaseModel
 from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import Checkpoint, read_checkpoint
 from loradock_adapters.engine_rules import EngineLimits
-from loradock_adapters.errors import RefusedError
+from loradock_adapters.errors import DigestMismatchError, RefusedError
 from loradock_adapters.gate import Verdict, judge
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import check_name
 from loradock_adapters.problems import Problem
 from loradock_adapters.registry import Details, Registry, Version
 from loradock_adapters.store import LocalStore
+from loradock_adapters.uploads import Uploads
 from loradock_serve.auth import ANONYMOUS
 from loradock_serve.catalog import Catalog, reasons_json
 from loradock_serve.errors import BadRequestError, EngineRefusedError, EngineUnavailableError
@@ -81,6 +82,7 @@ class Publisher:
     def __init__(
         self,
         store: LocalStore,
+        uploads: Uploads,
         registry: Registry,
         catalog: Catalog,
         fleet: Fleet,
@@ -90,6 +92,7 @@ class Publisher:
         weights_hash: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._store = store
+        self._uploads = uploads
         self._registry = registry
         self._catalog = catalog
         self._fleet = fleet
@@ -111,7 +114,14 @@ class Publisher:
         manifest = Manifest.from_json(document)
         # A name's versions in the order of their arrival; and nobody discards a directory that another one judges.
         async with self._turns.of(name), self._turns.of(manifest.digest):
-            return await self._publish(name, manifest, options)
+            try:
+                with self._uploads.publishing(manifest.blobs):
+                    published = await self._publish(name, manifest, options)
+            except (RefusedError, DigestMismatchError):
+                await asyncio.to_thread(self._uploads.refused, options.publisher, manifest, self._registry.blobs)
+                raise
+            await asyncio.to_thread(self._uploads.published, manifest.blobs)
+            return published
 
     async def _publish(self, name: str, manifest: Manifest, options: Options) -> Published:
         version: Version | None = None

@@ -1,7 +1,6 @@
 """`/v1/adapters` over real HTTP: blobs, publishing, listing, rolling back, removing."""
 
 import asyncio
-import errno
 import hashlib
 import json
 import socket
@@ -13,7 +12,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from loradock_adapters import store as store_module
 from loradock_adapters.manifest import manifest_of
 from loradock_testing.gateway import Served
 from loradock_testing.tiny_checkpoints import write_adapter, write_full_model
@@ -84,19 +82,6 @@ async def test_upload_over_the_limit_is_refused_by_its_header(shared: Served) ->
     assert b"over this server's limit of 274877906944 (`max_upload_bytes`)" in answer
 
 
-async def test_upload_that_breaks_off_leaves_nothing(shared: Served, caplog: pytest.LogCaptureFixture) -> None:
-    head = f"PUT /v1/adapters/blobs/{SHA} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(CONTENT)}\r\n\r\n"
-    reader, writer = await connect(shared)
-    writer.write(head.encode() + CONTENT[:500])
-    await writer.drain()
-    await until(lambda: len(temporaries(shared)) == 1, "the upload's temporary")
-    writer.transport.abort()
-    await until(lambda: temporaries(shared) == [], "the temporary's end")
-    assert (await shared.client.head(f"/v1/adapters/blobs/{SHA}")).status_code == 404
-    assert [record for record in caplog.records if record.exc_info] == []
-    del reader
-
-
 async def test_client_that_expects_a_continue_gets_one_or_its_refusal(shared: Served) -> None:
     content = b"expected"
     head = f"PUT {blob(content)} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\nExpect: 100-continue\r\n\r\n"
@@ -108,18 +93,6 @@ async def test_client_that_expects_a_continue_gets_one_or_its_refusal(shared: Se
     writer.close()
     await writer.wait_closed()
     assert (await raw(shared, head.encode())).startswith(b"HTTP/1.1 200 ")  # there already: nothing to send
-
-
-async def test_full_disk_is_a_507_and_leaves_nothing(shared: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_self: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(store_module.BlobWriter, "commit", full)
-    answer = await shared.client.put(blob(b"full"), content=b"full")
-    assert answer.status_code == 507
-    assert error_of(answer)["code"] == "storage_full"
-    assert "The server's disk is full: nothing was stored." in error_of(answer)["message"]
-    assert temporaries(shared) == []
 
 
 async def connect(shared: Served) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
