@@ -1,8 +1,20 @@
-"""Which tests this machine can run, where a marker says what they need."""
+"""Which tests this machine can run, where a marker or a fixture says what they need; and servers that many share."""
 
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+
+from loradock_testing.postgres import PostgresServer, find_binaries, must_be_there, postgres_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server that stays up for the whole run."""
+    if find_binaries() is None and not must_be_there():
+        pytest.skip("PostgreSQL is not installed (Debian, Ubuntu: apt install postgresql)")
+    with postgres_server() as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

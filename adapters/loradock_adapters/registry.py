@@ -18,16 +18,18 @@ from loradock_adapters.errors import NotFoundError
 from loradock_adapters.gate import Verdict
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import ModelRef, check_name, parse_ref
+from loradock_adapters.registry_changes import WRITES, changes_of
 from loradock_adapters.registry_rows import (
     Details,
     Version,
+    lock_name,
     new_row,
     read_version,
     rejudge,
     version_of,
     version_query,
 )
-from loradock_adapters.registry_schema import WRITES, Changes, models, open_database, pins, splits, tags, versions
+from loradock_adapters.registry_schema import insert_into, models, open_database, pins, splits, tags, versions
 from loradock_adapters.traffic_table import TrafficTable
 
 __all__ = ["Counts", "Details", "Registry", "Version"]
@@ -45,14 +47,14 @@ class Registry:
 
     def __init__(self, url: str) -> None:
         self._engine = open_database(url)
-        self._changes = Changes(self._engine)
+        self._changes = changes_of(self._engine)
         self._writer = self._engine.execution_options(**{WRITES: True})
         self.traffic = TrafficTable(self._engine, self._writer)
         """How much each version was asked."""
 
     def close(self) -> None:
-        self._engine.dispose()
         self._changes.close()
+        self._engine.dispose()
 
     def generation(self) -> int:
         """A number that is another one once anybody, also another process, has changed something; cheap to ask."""
@@ -76,14 +78,15 @@ class Registry:
         if verdict.placement == "rejected":
             raise ValueError("a rejected checkpoint has no version")
         with self._writer.begin() as connection:
-            model = connection.execute(sa.select(models).where(models.c.name == name).with_for_update()).one_or_none()
-            if model is None:
-                connection.execute(sa.insert(models).values(name=name, current_number=None, last_number=0))
-            elif model.current_number is not None:
+            unknown = insert_into(connection, models).values(name=name, current_number=None, last_number=0)
+            connection.execute(unknown.on_conflict_do_nothing())  # another gateway may publish it at this moment
+            model = lock_name(connection, name)
+            assert model is not None
+            if model.current_number is not None:
                 current = read_version(connection, name, versions.c.number == model.current_number)
                 if current is not None and current.digest == manifest.digest:
                     return rejudge(connection, current, verdict, details, base)
-            number = 1 if model is None else model.last_number + 1
+            number = model.last_number + 1
             row = new_row(name, number, manifest, verdict, details, base)
             connection.execute(sa.insert(versions).values(row))
             connection.execute(
@@ -134,6 +137,7 @@ class Registry:
     def set_current(self, name: str, number: int) -> Version:
         """Points a name at one of its versions."""
         with self._writer.begin() as connection:
+            lock_name(connection, name)
             version = read_version(connection, name, versions.c.number == number)
             if version is None:
                 raise NotFoundError(f"there is no version {number} of {name}")
@@ -143,12 +147,8 @@ class Registry:
     def delete(self, name: str) -> list[Version]:
         """Removes a name and its versions, and returns these. Their bytes stay where they are."""
         with self._writer.begin() as connection:
-            query = (
-                version_query()
-                .where(versions.c.name == name)
-                .order_by(versions.c.number.desc())
-                .with_for_update(of=models)
-            )
+            lock_name(connection, name)
+            query = version_query().where(versions.c.name == name).order_by(versions.c.number.desc())
             removed = [version_of(row._mapping, row.current_number) for row in connection.execute(query)]
             if not removed:
                 raise NotFoundError(f"there is no model {name}")
@@ -160,10 +160,11 @@ class Registry:
     def pin(self, name: str) -> None:
         """Remembers that a name's current version, whichever it is, keeps its slot. Raises NotFoundError."""
         with self._writer.begin() as connection:
+            lock_name(connection, name)
             if read_version(connection, name, versions.c.number == models.c.current_number) is None:
                 raise NotFoundError(f"there is no model {name}")
-            if connection.execute(sa.select(pins).where(pins.c.name == name)).one_or_none() is None:
-                connection.execute(sa.insert(pins).values(name=name, created_at=datetime.now(UTC)))
+            pin = insert_into(connection, pins).values(name=name, created_at=datetime.now(UTC))
+            connection.execute(pin.on_conflict_do_nothing())
 
     def unpin(self, name: str) -> bool:
         """Forgets that; False if it was not pinned."""

@@ -79,6 +79,11 @@ def version_query() -> sa.Select[Any]:
     return sa.select(*_SHOWN, models.c.current_number).select_from(joined)
 
 
+def lock_name(connection: sa.Connection, name: str) -> sa.Row[Any] | None:
+    """A name's own row, which the transaction has for itself from now on: what it reads next of the name stays true."""
+    return connection.execute(sa.select(models).where(models.c.name == name).with_for_update()).one_or_none()
+
+
 def read_version(connection: sa.Connection, name: str, which: sa.ColumnElement[bool]) -> Version | None:
     """One version of a name. A digest may have several numbers, after a rollback by upload: the newest counts."""
     query = version_query().where(versions.c.name == name, which).order_by(versions.c.number.desc()).limit(1)

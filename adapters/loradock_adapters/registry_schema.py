@@ -5,9 +5,6 @@ The tables here are what the newest migration makes; a test compares the two. Kn
 
 import contextlib
 import fcntl
-import sqlite3
-import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,14 +15,16 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
 from loradock_adapters.errors import RegistryError
+from loradock_adapters.registry_changes import WRITES
+from loradock_adapters.registry_url import CONNECT_TIMEOUT_S, connect_arguments, parse_url, shown
 
 _BUSY_TIMEOUT_S = 30
 _MIGRATION_LOCK = 0x10AD0C  # one of PostgreSQL's advisory locks
-WRITES = "loradock_writes"
-"""Execution option of connections that mean to write: on SQLite they take the write lock at once."""
+_MIGRATION_TIMEOUT_S = 120
 
 
 class UtcDateTime(sa.TypeDecorator[datetime]):
@@ -115,24 +114,35 @@ traffic_hours = sa.Table(
 )
 
 
-def open_database(url: str) -> sa.Engine:
+def open_database(text: str) -> sa.Engine:
     """An engine on an up-to-date database. Several processes may do this at once. Raises RegistryError."""
-    try:
-        engine = sa.create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
-        if engine.dialect.name == "sqlite":
-            _prepare_sqlite(engine)
-        with _one_at_a_time(engine):
-            _migrate(engine)
-    except (SQLAlchemyError, OSError) as error:
-        shown = sa.engine.make_url(url).render_as_string(hide_password=True)
-        raise RegistryError(f"the registry {shown} cannot be opened: {error}") from error
+    url = parse_url(text)
+    engine = _make_engine(url)
+    with contextlib.ExitStack() as undo:
+        undo.callback(engine.dispose)
+        try:
+            with _one_at_a_time(engine):
+                _migrate(engine)
+        except (SQLAlchemyError, OSError) as error:
+            raise RegistryError(f"the registry {shown(url)} cannot be opened: {error}") from error
+        undo.pop_all()
     return engine
 
 
-def _prepare_sqlite(engine: sa.Engine) -> None:
-    if engine.url.database in (None, "", ":memory:"):
-        raise RegistryError("the registry needs a file: an in-memory database is another one for every thread")
+def _make_engine(url: sa.URL) -> sa.Engine:
+    if url.drivername == "sqlite":
+        engine = sa.create_engine(url)
+        _prepare_sqlite(engine)
+        return engine
+    try:
+        return sa.create_engine(
+            url, connect_args=connect_arguments(url), pool_pre_ping=True, pool_timeout=CONNECT_TIMEOUT_S
+        )
+    except ImportError as error:
+        raise RegistryError("a registry on PostgreSQL needs its driver: pip install 'loradock[postgres]'") from error
 
+
+def _prepare_sqlite(engine: sa.Engine) -> None:
     @sa.event.listens_for(engine, "connect")
     def connect(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # transactions are begun below, so that also DDL is inside them
@@ -147,29 +157,10 @@ def _prepare_sqlite(engine: sa.Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-class Changes:
-    """Tells whether the database has changed, in microseconds on SQLite. Threads may share it."""
-
-    def __init__(self, engine: sa.Engine) -> None:
-        self._file = engine.url.database if engine.dialect.name == "sqlite" else None
-        self._turn = threading.Lock()
-        self._connection: sqlite3.Connection | None = None
-
-    def generation(self) -> int:
-        """Another number after a change by any connection; where the database cannot say, another one each second."""
-        if self._file is None:
-            return int(time.monotonic())
-        with self._turn:
-            if self._connection is None:  # one that is kept: the figures of two connections cannot be compared
-                self._connection = sqlite3.connect(self._file, isolation_level=None, check_same_thread=False)
-            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-
-    def close(self) -> None:
-        """Let go of the database; whoever asks again gets a new number."""
-        with self._turn:
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
+def insert_into(connection: sa.Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    """An INSERT that can say what happens to a row which is there already."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    return insert(table)
 
 
 @contextlib.contextmanager
@@ -193,6 +184,7 @@ def _migrate(engine: sa.Engine) -> None:
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")))
     with engine.connect().execution_options(**{WRITES: True}) as connection, connection.begin():
         if engine.dialect.name == "postgresql":
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_MIGRATION_TIMEOUT_S}s'")
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         config.attributes["connection"] = connection
         try:

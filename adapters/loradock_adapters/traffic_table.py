@@ -6,9 +6,8 @@ Written by gateways every few minutes, read by whoever sizes an engine. Several 
 from collections.abc import Iterable, Mapping, Sequence
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from loradock_adapters.registry_schema import traffic, traffic_hours
+from loradock_adapters.registry_schema import insert_into, traffic, traffic_hours
 from loradock_adapters.traffic import HourTraffic, Traffic
 
 KEPT_HOURS = 14 * 24
@@ -55,20 +54,15 @@ class TrafficTable:
             return Traffic(requests, connection.execute(peak).scalar() or 0, busiest or 0)
 
 
-def _upsert(connection: sa.Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    return insert(table)
-
-
 def _add(connection: sa.Connection, rows: Iterable[Mapping[str, object]]) -> None:
-    insert = _upsert(connection, traffic)
+    insert = insert_into(connection, traffic)
     total = traffic.c.requests + insert.excluded.requests
     query = insert.on_conflict_do_update(index_elements=["hour", "digest"], set_={"requests": total})
     connection.execute(query, list(rows))
 
 
 def _raise_peaks(connection: sa.Connection, peaks: Iterable[Mapping[str, int]]) -> None:
-    insert = _upsert(connection, traffic_hours)
+    insert = insert_into(connection, traffic_hours)
     old, new = traffic_hours.c.peak_adapters, insert.excluded.peak_adapters
     higher = sa.case((new > old, new), else_=old)
     query = insert.on_conflict_do_update(index_elements=["hour"], set_={"peak_adapters": higher})

@@ -10,9 +10,11 @@ import loradock_adapters
 ROOT = Path(loradock_adapters.__file__).parent
 LIGHT = {"typer", "rich", "httpx", "pydantic", "yaml"}
 MIGRATIONS = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("migrations/versions/0*.py")}
+REGISTRY = {f"registry{part}.py" for part in ("", "_changes", "_rows", "_schema", "_url")} | {"traffic_table.py"}
 HEAVY_HOMES = {
     "numpy": {"values.py"},
-    "sqlalchemy": {"registry.py", "registry_schema.py", "traffic_table.py"} | MIGRATIONS,
+    "sqlalchemy": REGISTRY | MIGRATIONS,
+    "psycopg": {"registry_changes.py"},
     "alembic": {"registry_schema.py", "migrations/env.py"} | MIGRATIONS,
 }
 

@@ -1,5 +1,7 @@
 """The registry: names point at versions, pointers move at once or not at all."""
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -9,7 +11,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.migration import MigrationContext
 
+from loradock_adapters import registry_schema
 from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.errors import InvalidNameError, NotFoundError, RegistryError
 from loradock_adapters.gate import Verdict
@@ -17,6 +25,8 @@ from loradock_adapters.manifest import FileEntry, Manifest
 from loradock_adapters.names import ModelRef
 from loradock_adapters.problems import Problem
 from loradock_adapters.registry import Counts, Details, Registry
+from loradock_adapters.registry_changes import PostgresChanges
+from loradock_adapters.registry_url import parse_url
 
 SHARED = Verdict("lora", "shared", (), 8)
 DEDICATED = Verdict("full", "dedicated", (Problem("full_weights", "complete weights", "here", "nothing"),), None)
@@ -24,11 +34,6 @@ DEDICATED = Verdict("full", "dedicated", (Problem("full_weights", "complete weig
 
 def manifest(seed: int = 0) -> Manifest:
     return Manifest((FileEntry("adapter_config.json", seed, f"{seed:064x}"),))
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/registry.db"
 
 
 @pytest.fixture
@@ -211,54 +216,80 @@ def test_readers_see_the_old_or_the_new_version_while_pointers_move(registry: Re
     assert max(seen) <= 30
 
 
-_WRITER = """
-import sys
+_WRITERS = """
+import os, sys
 from loradock_adapters.gate import Verdict
 from loradock_adapters.manifest import FileEntry, Manifest
 from loradock_adapters.registry import Registry
-sys.stdin.readline()
-registry = Registry(sys.argv[1])
-for i in range(int(sys.argv[3])):
-    file = FileEntry("a.json", i, f"{int(sys.argv[2]) * 1000 + i:064x}")
-    version = registry.publish("sql", Manifest((file,)), Verdict("lora", "shared", (), 8))
-    print(version.number, flush=True)
+url, count, versions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+gate, starter = os.pipe()
+children = []
+for child in range(count):
+    if not (pid := os.fork()):
+        os.close(starter)
+        os.read(gate, 1)
+        registry = Registry(url)
+        for i in range(versions):
+            file = FileEntry("a.json", i, f"{(child + 1) * 1000 + i:064x}")
+            version = registry.publish("sql", Manifest((file,)), Verdict("lora", "shared", (), 8))
+            os.write(1, f"{version.number}\\n".encode())
+        registry.close()
+        os._exit(0)
+    children.append(pid)
+os.close(starter)
+sys.exit(sum(os.waitpid(pid, 0)[1] != 0 for pid in children))
 """
 
 
-def writers(url: str, count: int, versions: int) -> list[subprocess.Popen[str]]:
-    """Processes that all open the same registry at the same moment."""
-    command = [sys.executable, "-c", _WRITER, url]
-    processes = [
-        subprocess.Popen([*command, str(i), str(versions)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for i in range(1, count + 1)
-    ]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return processes
+def writers(url: str, count: int, versions: int) -> subprocess.Popen[str]:
+    """Processes that all open the same registry at the same moment and publish to one name; with the one that
+    started them they are a process group."""
+    command = [sys.executable, "-c", _WRITERS, url, str(count), str(versions)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_processes_opening_a_fresh_database_at_once_all_succeed(url: str) -> None:
-    processes = writers(url, 4, 5)
-    printed = [process.communicate(timeout=60)[0].split() for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4
-    assert sorted(int(number) for numbers in printed for number in numbers) == list(range(1, 21))
+    process = writers(url, 8, 5)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert sorted(map(int, printed.split())) == list(range(1, 41))
     registry = Registry(url)
-    assert registry.counts() == Counts(names=1, versions=20, digests=20)
+    assert registry.counts() == Counts(names=1, versions=40, digests=40)
+    registry.close()
+
+
+def older_database(url: str) -> None:
+    """Tables of the first schema, with a name in them that has had four versions."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(registry_schema.__file__).with_name("migrations")))
+    engine = sa.create_engine(parse_url(url))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0001")
+        connection.execute(sa.text("INSERT INTO models VALUES ('sql', NULL, 4)"))
+    engine.dispose()
+
+
+def test_processes_opening_a_database_of_the_first_schema_at_once_all_succeed(url: str) -> None:
+    older_database(url)
+    process = writers(url, 8, 2)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert sorted(map(int, printed.split())) == list(range(5, 21))
+    registry = Registry(url)
+    with registry._engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), registry_schema.metadata) == []
     registry.close()
 
 
 def test_process_killed_while_publishing_leaves_a_whole_registry(url: str) -> None:
-    (process,) = writers(url, 1, 100_000)
+    process = writers(url, 1, 100_000)
     assert process.stdout is not None
     acknowledged = [int(process.stdout.readline()) for _ in range(20)]
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)
     acknowledged += [int(line) for line in process.stdout.read().split() if line]
     process.wait()
     process.stdout.close()
-    assert process.stdin is not None
-    process.stdin.close()
     registry = Registry(url)
     versions = registry.versions("sql")
     assert [version.number for version in reversed(versions)] == list(range(1, len(versions) + 1))
@@ -320,21 +351,31 @@ def test_versions_without_a_base_are_claimed_once(registry: Registry) -> None:
     assert registry.claim(OTHER) == 0
 
 
+def next_generation(registry: Registry, last: int) -> int:
+    """The first other generation than the last one, which has to come soon."""
+    deadline = time.monotonic() + 0.9
+    while (generation := registry.generation()) == last:
+        assert time.monotonic() < deadline, "the change was not seen"
+        time.sleep(0.001)
+    return generation
+
+
 def test_generation_changes_with_every_commit_also_of_another_process(registry: Registry, url: str) -> None:
+    if isinstance(registry._changes, PostgresChanges):
+        assert registry._changes.wait_until_listening(10)
+    other = Registry(url)
     seen = [registry.generation()]
     assert registry.generation() == seen[0]
-    other = Registry(url)
-    for publisher in (other, registry):
+    for publisher in (other, registry, other):
         publisher.publish("sql", manifest(len(seen)), SHARED)
-        seen.append(registry.generation())
-    assert len(set(seen)) == 3
+        seen.append(next_generation(registry, seen[-1]))
     other.close()
 
 
-def test_file_that_is_no_database_refused(url: str, tmp_path: Path) -> None:
+def test_file_that_is_no_database_refused(tmp_path: Path) -> None:
     (tmp_path / "registry.db").write_text("not a database at all, but long enough to be looked at")
     with pytest.raises(RegistryError, match="cannot be opened"):
-        Registry(url)
+        Registry(f"sqlite:///{tmp_path}/registry.db")
 
 
 def test_folder_that_is_missing_refused(tmp_path: Path) -> None:
@@ -342,12 +383,13 @@ def test_folder_that_is_missing_refused(tmp_path: Path) -> None:
         Registry(f"sqlite:///{tmp_path}/none/registry.db")
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
-def test_in_memory_database_refused(url: str) -> None:
+@pytest.mark.parametrize("memory", ["sqlite://", "sqlite:///:memory:"])
+def test_in_memory_database_refused(memory: str) -> None:
     with pytest.raises(RegistryError, match="needs a file"):
-        Registry(url)
+        Registry(memory)
 
 
+@pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 def test_resolve_among_a_thousand_versions_stays_fast(registry: Registry) -> None:
     for seed in range(1000):
         registry.publish(f"m{seed % 250}", manifest(seed), SHARED)

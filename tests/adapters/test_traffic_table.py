@@ -1,7 +1,6 @@
 """How much each adapter was asked: added up, read back, and bounded."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,8 @@ A, B, C = ("sha256:" + letter * 64 for letter in "abc")
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> Iterator[TrafficTable]:
-    registry = Registry(f"sqlite:///{tmp_path}/registry.db")
+def table(url: str) -> Iterator[TrafficTable]:
+    registry = Registry(url)
     yield registry.traffic
     registry.close()
 
