@@ -109,6 +109,7 @@ def details(current: Version, versions: list[Version], state: str) -> dict[str, 
     return summary(current, state) | {
         "rank": current.rank,
         "reasons": reasons_json(current.reasons),
+        "repairs": reasons_json(current.repairs),
         "stop_token_ids": list(current.stop_token_ids),
         "own_chat_template": current.chat_template is not None,
         "versions": history,

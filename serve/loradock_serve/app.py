@@ -111,7 +111,7 @@ def _join(
     told = config.uploads
     uploads = Uploads(store, UploadLimits(told.max_unpublished_bytes, told.max_unpublished_files, told.keep_s))
     publisher = Publisher(
-        store, uploads, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model)
+        store, uploads, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model), base.model
     )
     turnstiles = Turnstiles(config.admission)
     care = _Care(

@@ -16,6 +16,7 @@ from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import Checkpoint, read_checkpoint
 from loradock_adapters.engine_rules import EngineLimits
 from loradock_adapters.errors import DigestMismatchError, RefusedError
+from loradock_adapters.findings import Findings
 from loradock_adapters.gate import Verdict, judge
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import check_name
@@ -28,6 +29,7 @@ from loradock_serve.catalog import Catalog, reasons_json
 from loradock_serve.errors import BadRequestError, EngineRefusedError, EngineUnavailableError
 from loradock_serve.fleet import Fleet
 from loradock_serve.metrics import PUBLISHES
+from loradock_serve.repairs import Mended, mend
 from loradock_serve.turns import Turns
 
 log = logging.getLogger("loradock.publish")
@@ -51,6 +53,7 @@ class Published:
             "kind": version.kind,
             "placement": version.placement,
             "reasons": reasons_json(version.reasons),
+            "repairs": reasons_json(version.repairs),
             "created": version.created,
             "state": "ready" if self.proven else "unproven",
         }
@@ -90,6 +93,7 @@ class Publisher:
         limits: EngineLimits,
         identity: BaseIdentity,
         weights_hash: Callable[[], str | None] = lambda: None,
+        model: str | None = None,
     ) -> None:
         self._store = store
         self._uploads = uploads
@@ -100,6 +104,7 @@ class Publisher:
         self._limits = limits
         self._identity = identity
         self._weights_hash = weights_hash
+        self._model = model
         self._turns = Turns()
 
     async def publish(self, name: str, document: Mapping[str, Any], publisher: str = ANONYMOUS) -> Published:
@@ -127,15 +132,18 @@ class Publisher:
         version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
-            checkpoint, verdict = await asyncio.to_thread(self._judge, directory)
-            proven = await self._prove(manifest.digest, directory, verdict)
-            details = Details.of(checkpoint)
-            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
+            parts = (self._store, manifest, directory, self._base, self._model, self._judge)
+            mended = await asyncio.to_thread(mend, *parts)
+            if mended.manifest.digest == manifest.digest:
+                version, proven = await self._publish_mended(name, mended)
+            else:  # a repaired upload needs no repair, so nobody who holds its turn waits for another's
+                async with self._turns.of(mended.manifest.digest):
+                    version, proven = await self._publish_mended(name, mended)
         except RefusedError:
             PUBLISHES.labels("rejected").inc()
             raise
         finally:
-            if version is None:
+            if version is None or version.digest != manifest.digest:
                 await self._forget_unless_used(manifest.digest)
         self._catalog.changed()
         PUBLISHES.labels(version.placement).inc()
@@ -143,17 +151,32 @@ class Publisher:
             log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)
         return Published(version, proven)
 
+    async def _publish_mended(self, name: str, mended: Mended) -> tuple[Version, bool]:
+        """What is left of a publish once nothing more is changed about its files."""
+        manifest = mended.manifest
+        version: Version | None = None
+        directory = await asyncio.to_thread(self._store.materialise, manifest)
+        try:
+            checkpoint, verdict = await asyncio.to_thread(self._judge, directory, mended.findings)
+            proven = await self._prove(manifest.digest, directory, verdict)
+            details = replace(Details.of(checkpoint), repairs=mended.repairs)
+            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
+            return version, proven
+        finally:
+            if version is None:
+                await self._forget_unless_used(manifest.digest)
+
     async def _forget_unless_used(self, digest: str) -> None:
         if digest not in await asyncio.to_thread(self._registry.digests):
             await self._fleet.forget(digest)
             await asyncio.to_thread(self._store.discard_version, digest)
 
-    def _judge(self, directory: Path) -> tuple[Checkpoint, Verdict]:
+    def _judge(self, directory: Path, found: Findings) -> tuple[Checkpoint, Verdict]:
         checkpoint = read_checkpoint(directory)
         base = self._base
         if checkpoint.passport is not None and checkpoint.passport.base.weights_sha256 is not None:
             base = replace(base, weights_sha256=self._weights_hash())
-        verdict = judge(checkpoint, base, self._limits)
+        verdict = judge(checkpoint, base, self._limits, found=found)
         if verdict.placement == "rejected":
             raise RefusedError(verdict.reasons)
         return checkpoint, verdict

@@ -27,6 +27,9 @@ def _print(model: dict[str, Any]) -> None:
             console.out(f"{key + ':':<17}{model[key]}")
     for line in _residency(model.get("residency")):
         console.out(line)
+    repairs = model.get("repairs")
+    for repair in map(Problem.from_json, repairs if isinstance(repairs, list) else []):
+        console.out(f"{'repaired:':<17}[{repair.code}] {repair}")
     reasons = model.get("reasons")
     for line in console.problem_lines(Problem.from_json(r) for r in (reasons if isinstance(reasons, list) else [])):
         console.out(line)
