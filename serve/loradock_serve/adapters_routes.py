@@ -15,6 +15,7 @@ from loradock_serve.auth import publisher_of
 from loradock_serve.catalog import Catalog, reasons_json
 from loradock_serve.errors import BadRequestError, TooLargeError
 from loradock_serve.pins import Pins
+from loradock_serve.proof import proof_state
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Look
 from loradock_serve.states import States
@@ -88,7 +89,8 @@ def summary(version: Version, state: str) -> dict[str, Any]:
         "placement": version.placement,
         "size_bytes": version.size_bytes,
         "created_at": version.created_at.isoformat(),
-        "state": state,
+        "state": "failed" if proof_state(version.proof) == "failed" else state,
+        "proven": proof_state(version.proof),
     }
 
 
@@ -103,6 +105,7 @@ def details(current: Version, versions: list[Version], state: str) -> dict[str, 
             "size_bytes": version.size_bytes,
             "created_at": version.created_at.isoformat(),
             "current": version.current,
+            "proven": proof_state(version.proof),
         }
         for version in versions
     ]
@@ -112,6 +115,7 @@ def details(current: Version, versions: list[Version], state: str) -> dict[str, 
         "repairs": reasons_json(current.repairs),
         "stop_token_ids": list(current.stop_token_ids),
         "own_chat_template": current.chat_template is not None,
+        "proof": current.proof or {"state": proof_state(None)},
         "versions": history,
     }
 

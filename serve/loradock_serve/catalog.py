@@ -15,7 +15,8 @@ from loradock_adapters.errors import InvalidNameError, NotFoundError
 from loradock_adapters.names import parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, ModelNotFoundError, UnfitError
+from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailedError, UnfitError
+from loradock_serve.proof import Proof
 from loradock_serve.rewrite import Behaviour
 
 MAX_CACHED = 4096
@@ -101,6 +102,9 @@ class Catalog:
         version = resolved.version
         if version is not None and version.placement == "rejected":
             raise UnfitError(f"{version.name!r} version {version.number}", version.reasons[0])
+        proof = Proof.from_json(version.proof) if version is not None else None
+        if version is not None and proof is not None and proof.state == "failed" and proof.reason is not None:
+            raise ProofFailedError(f"{version.name!r} version {version.number}", proof.reason)
         return resolved
 
     def _look_up(self, model: str) -> Version:

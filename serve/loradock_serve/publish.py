@@ -29,6 +29,8 @@ from loradock_serve.catalog import Catalog, reasons_json
 from loradock_serve.errors import BadRequestError, EngineRefusedError, EngineUnavailableError
 from loradock_serve.fleet import Fleet
 from loradock_serve.metrics import PUBLISHES
+from loradock_serve.proof import Proof, unproven
+from loradock_serve.prover import Prover
 from loradock_serve.repairs import Mended, mend
 from loradock_serve.turns import Turns
 
@@ -40,8 +42,8 @@ class Published:
     """What became of a publish."""
 
     version: Version
-    proven: bool
-    """Whether an engine has loaded it."""
+    proof: Proof
+    """What an engine has shown about it."""
 
     def to_json(self) -> dict[str, Any]:
         """As the HTTP API answers it."""
@@ -55,7 +57,8 @@ class Published:
             "reasons": reasons_json(version.reasons),
             "repairs": reasons_json(version.repairs),
             "created": version.created,
-            "state": "ready" if self.proven else "unproven",
+            "state": "ready" if self.proof.state == "proven" else "unproven",
+            "proof": self.proof.to_json(),
         }
 
 
@@ -92,6 +95,7 @@ class Publisher:
         base: BaseModel,
         limits: EngineLimits,
         identity: BaseIdentity,
+        prover: Prover,
         weights_hash: Callable[[], str | None] = lambda: None,
         model: str | None = None,
     ) -> None:
@@ -103,6 +107,7 @@ class Publisher:
         self._base = base
         self._limits = limits
         self._identity = identity
+        self._prover = prover
         self._weights_hash = weights_hash
         self._model = model
         self._turns = Turns()
@@ -135,10 +140,10 @@ class Publisher:
             parts = (self._store, manifest, directory, self._base, self._model, self._judge)
             mended = await asyncio.to_thread(mend, *parts)
             if mended.manifest.digest == manifest.digest:
-                version, proven = await self._publish_mended(name, mended)
+                version, proof = await self._publish_mended(name, mended, options)
             else:  # a repaired upload needs no repair, so nobody who holds its turn waits for another's
                 async with self._turns.of(mended.manifest.digest):
-                    version, proven = await self._publish_mended(name, mended)
+                    version, proof = await self._publish_mended(name, mended, options)
         except RefusedError:
             PUBLISHES.labels("rejected").inc()
             raise
@@ -149,19 +154,19 @@ class Publisher:
         PUBLISHES.labels(version.placement).inc()
         if version.created:
             log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)
-        return Published(version, proven)
+        return Published(version, proof)
 
-    async def _publish_mended(self, name: str, mended: Mended) -> tuple[Version, bool]:
+    async def _publish_mended(self, name: str, mended: Mended, options: Options) -> tuple[Version, Proof]:
         """What is left of a publish once nothing more is changed about its files."""
         manifest = mended.manifest
         version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
             checkpoint, verdict = await asyncio.to_thread(self._judge, directory, mended.findings)
-            proven = await self._prove(manifest.digest, directory, verdict)
-            details = replace(Details.of(checkpoint), repairs=mended.repairs)
+            proof = await self._prove(manifest.digest, checkpoint, verdict, options)
+            details = replace(Details.of(checkpoint), repairs=mended.repairs, proof=proof.to_json())
             version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
-            return version, proven
+            return version, proof
         finally:
             if version is None:
                 await self._forget_unless_used(manifest.digest)
@@ -181,25 +186,30 @@ class Publisher:
             raise RefusedError(verdict.reasons)
         return checkpoint, verdict
 
-    async def _prove(self, digest: str, directory: Path, verdict: Verdict) -> bool:
-        """Have the base's engine load a shared adapter before anyone can name it.
+    async def _prove(self, digest: str, checkpoint: Checkpoint, verdict: Verdict, options: Options) -> Proof:
+        """Have the base's engine load a shared adapter, and answer with it, before anyone can name it.
 
         An engine that is down proves nothing and hinders nothing: the version is then `unproven` until its first
         request.
         """
         start = self._fleet.base.current
         if verdict.placement != "shared" or start is None:
-            return False
+            return unproven("its engine has not run yet")
         self._fleet.refuse_without_plugin(start)
         try:
-            await self._fleet.load(start, digest, directory)
+            await self._fleet.load(start, digest, checkpoint.directory)
         except EngineRefusedError as error:
             fix = "the gate let pass what the engine cannot load: please report this adapter's config and tensor names"
             raise RefusedError([Problem("engine_refused", str(error), "", fix)]) from error
         except EngineUnavailableError as error:
             log.warning("%s is published unproven: %s", digest, error)
-            return False
-        return True
+            return unproven(str(error))
+        passport = checkpoint.passport
+        probe = passport.probe if passport is not None else None
+        proof = await self._prover.before_publishing(start, digest, checkpoint.directory, probe, force=options.force)
+        if proof.state == "failed" and proof.reason is not None:
+            raise RefusedError([proof.reason, *verdict.reasons])
+        return proof
 
     async def remove(self, name: str) -> None:
         """Forget a name and all its versions; engines let go of what no other name uses. NotFoundError."""

@@ -25,7 +25,7 @@ def _print(model: dict[str, Any]) -> None:
     for key in ("name", "current_version", "digest", "kind", "placement", "rank", "state"):
         if model.get(key) is not None:
             console.out(f"{key + ':':<17}{model[key]}")
-    for line in _residency(model.get("residency")):
+    for line in (*_proof(model.get("proof")), *_residency(model.get("residency"))):
         console.out(line)
     repairs = model.get("repairs")
     for repair in map(Problem.from_json, repairs if isinstance(repairs, list) else []):
@@ -45,6 +45,23 @@ def _print(model: dict[str, Any]) -> None:
         created = console.when(version.get("created_at"))
         rows.append([f"{number}{mark}", version.get("placement", ""), size, created, version.get("digest", "")])
     console.out_table(["VERSION", "PLACEMENT", "SIZE", "CREATED", "DIGEST"], rows)
+
+
+def _proof(proof: object) -> list[str]:
+    """What an engine has shown about a model; nothing from a server that does not say."""
+    if not isinstance(proof, dict) or not isinstance(proof.get("state"), str):
+        return []
+    said = proof["state"] + (", published by force" if proof.get("forced") else "")
+    facts = []
+    if isinstance(agreement := proof.get("agreement"), dict) and isinstance(proof.get("tolerance"), int | float):
+        facts.append(f"{agreement.get('difference'):.4f} from the trainer's answers, {proof['tolerance']:.4f} allowed")
+    if isinstance(proof.get("change"), int | float):
+        facts.append(f"{proof['change']:.4f} from the base's")
+    lines = [f"{'proof:':<17}{said}" + (f" ({'; '.join(facts)})" if facts else "")]
+    if isinstance(reason := proof.get("reason"), dict):
+        lines.append(f"{'':<17}{reason.get('message', '')}")
+        lines += [f"{'':<17}{reason['fix']}"] if reason.get("fix") else []
+    return lines
 
 
 _PLACES = {
