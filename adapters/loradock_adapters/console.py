@@ -6,7 +6,7 @@ terminal's control sequences.
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -78,6 +78,13 @@ def when(moment: object) -> str:
     if isinstance(moment, int | float) and not isinstance(moment, bool):
         return datetime.fromtimestamp(moment, UTC).strftime("%Y-%m-%d %H:%M:%S")
     return moment[:19].replace("T", " ") if isinstance(moment, str) else ""
+
+
+def split(weights: Mapping[str, object]) -> str:
+    """A split for people, as shares: `3 90%  4 10%`."""
+    numbers = {version: weight for version, weight in weights.items() if isinstance(weight, int)}
+    whole = sum(numbers.values())
+    return "  ".join(f"{version} {100 * weight / whole:.4g}%" for version, weight in numbers.items() if whole)
 
 
 def size(size_bytes: int) -> str:

@@ -4,6 +4,7 @@
     ├── UsageError                   exit code 2: the command line or a config file is wrong
     │   └── InvalidNameError         a model name, or a reference to a version, is not one
     ├── NotFoundError                a name, version or path that is not there
+    ├── InUseError                   a version that something still points at
     ├── RefusedError                 an upload that is not acceptable; carries every Problem found
     │   ├── ManifestError            the list of files is wrong, or names a file that is not allowed
     │   └── CheckpointError          the files are not a checkpoint that can be read
@@ -54,6 +55,12 @@ class NotFoundError(LoradockError):
     """Something that was named does not exist."""
 
     code = "not_found"
+
+
+class InUseError(LoradockError):
+    """A version that cannot be removed alone: its name, a tag or a split points at it."""
+
+    code = "version_in_use"
 
 
 class RefusedError(LoradockError):

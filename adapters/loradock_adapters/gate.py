@@ -45,21 +45,15 @@ class Verdict:
 
 
 def judge(
-    checkpoint: Checkpoint,
-    base: BaseModel | None,
-    limits: EngineLimits,
-    *,
-    check_values: bool | None = None,
-    found: Findings | None = None,
+    checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLimits, *, check_values: bool | None = None
 ) -> Verdict:
     """The verdict on a checkpoint.
 
     Without a base (an offline inspection) what hangs on it is left open, and said so. `check_values` reads the tensors'
-    values as well: by default where numpy is there, as on the server. `found` is what a repair has to say of it.
+    values as well: by default where numpy is there, as on the server.
     """
-    findings = Findings(list(checkpoint.problems))
-    if found is not None:
-        findings.add(found)
+    findings = Findings()
+    findings.refusals.extend(checkpoint.problems)
     if checkpoint.kind == "lora":
         rank = judge_lora(checkpoint, base, limits, findings)
     else:

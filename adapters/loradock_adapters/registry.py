@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from loradock_adapters.base_identity import BaseIdentity
-from loradock_adapters.errors import NotFoundError
+from loradock_adapters.errors import InUseError, NotFoundError
 from loradock_adapters.gate import Verdict
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import ModelRef, check_name, parse_ref
@@ -26,13 +26,25 @@ from loradock_adapters.registry_rows import (
     new_row,
     read_version,
     rejudge,
+    require_version,
     version_of,
     version_query,
 )
 from loradock_adapters.registry_schema import insert_into, models, open_database, pins, splits, tags, versions
+from loradock_adapters.splits_table import SplitsTable, read_weights
+from loradock_adapters.tags_table import TagsTable
 from loradock_adapters.traffic_table import TrafficTable
 
-__all__ = ["Counts", "Details", "Registry", "Version"]
+__all__ = ["Counts", "Details", "Registry", "Route", "Version"]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which versions answer for a name."""
+
+    current: Version
+    shares: tuple[tuple[Version, int], ...] = ()
+    """Where its traffic is split: the versions that share it, by number, with their weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,8 @@ class Registry:
         self._writer = self._engine.execution_options(**{WRITES: True})
         self.traffic = TrafficTable(self._engine, self._writer)
         """How much each version was asked."""
+        self.tags = TagsTable(self._engine, self._writer)
+        self.splits = SplitsTable(self._engine, self._writer)
 
     def close(self) -> None:
         self._changes.close()
@@ -70,8 +84,9 @@ class Registry:
     ) -> Version:
         """Makes the next version of a name, judged for a base, and points the name at it.
 
-        The same bytes as the current version are no new version: that one is returned, with `created` False, and with
-        the new verdict and base (they and the engine's settings may have changed since).
+        The same bytes as any version of the name are no new version: that one is returned, with `created` False, and
+        with the new verdict and base (they and the engine's settings may have changed since). The pointer then stays
+        where it is, and so it does while the name's traffic is split.
         """
         check_name(name)
         details = details or Details()
@@ -82,17 +97,15 @@ class Registry:
             connection.execute(unknown.on_conflict_do_nothing())  # another gateway may publish it at this moment
             model = lock_name(connection, name)
             assert model is not None
-            if model.current_number is not None:
-                current = read_version(connection, name, versions.c.number == model.current_number)
-                if current is not None and current.digest == manifest.digest:
-                    return rejudge(connection, current, verdict, details, base)
+            if (known := read_version(connection, name, versions.c.digest == manifest.digest)) is not None:
+                return rejudge(connection, known, verdict, details, base)
             number = model.last_number + 1
             row = new_row(name, number, manifest, verdict, details, base)
             connection.execute(sa.insert(versions).values(row))
-            connection.execute(
-                sa.update(models).where(models.c.name == name).values(current_number=number, last_number=number)
-            )
-            return version_of(row, current_number=number, created=True)
+            current = model.current_number if read_weights(connection, name) else number
+            pointers = {"current_number": current, "last_number": number}
+            connection.execute(sa.update(models).where(models.c.name == name).values(pointers))
+            return version_of(row, current, created=True)
 
     def resolve(self, ref: ModelRef | str) -> Version:
         """The version that a reference means now. Raises NotFoundError, InvalidNameError for text that is none."""
@@ -102,13 +115,29 @@ class Registry:
             which = versions.c.number == ref.version
         elif ref.digest is not None:
             which = versions.c.digest == ref.digest
+        elif ref.tag is not None:
+            tagged = sa.select(tags.c.number).where(tags.c.name == ref.name, tags.c.tag == ref.tag)
+            which = versions.c.number == tagged.scalar_subquery()
         else:
             which = versions.c.number == models.c.current_number
         with self._engine.connect() as connection:
             version = read_version(connection, ref.name, which)
         if version is None:
-            raise NotFoundError(f"there is no model {ref}")
+            raise NotFoundError(_missing(ref))
         return version
+
+    def route(self, name: str) -> Route:
+        """Which versions answer for a name that is followed, as of one moment. Raises NotFoundError."""
+        share = (splits.c.name == versions.c.name) & (splits.c.number == versions.c.number)
+        query = version_query().add_columns(splits.c.weight).outerjoin(splits, share).order_by(versions.c.number)
+        wanted = sa.or_(versions.c.number == models.c.current_number, splits.c.weight.is_not(None))
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.where(versions.c.name == name, wanted)).all()
+        found = [(version_of(row._mapping, row.current_number), row.weight) for row in rows]
+        current = next((version for version, _ in found if version.current), None)
+        if current is None:
+            raise NotFoundError(f"there is no model {name}")
+        return Route(current, tuple((version, weight) for version, weight in found if weight is not None))
 
     def models(self) -> list[Version]:
         """The current version of every name, by name."""
@@ -135,14 +164,27 @@ class Registry:
         return Manifest.from_json(document)
 
     def set_current(self, name: str, number: int) -> Version:
-        """Points a name at one of its versions."""
+        """Points a name at one of its versions, and ends its split: all that follows the name goes there."""
         with self._writer.begin() as connection:
             lock_name(connection, name)
-            version = read_version(connection, name, versions.c.number == number)
-            if version is None:
-                raise NotFoundError(f"there is no version {number} of {name}")
+            version = require_version(connection, name, number)
+            connection.execute(sa.delete(splits).where(splits.c.name == name))
             connection.execute(sa.update(models).where(models.c.name == name).values(current_number=number))
             return replace(version, current=True)
+
+    def delete_version(self, name: str, number: int) -> Version:
+        """Removes one version of a name, and returns it. Its bytes stay where they are.
+
+        Raises NotFoundError; InUseError with what to do where the name, a tag or a split points at it.
+        """
+        with self._writer.begin() as connection:
+            lock_name(connection, name)
+            version = require_version(connection, name, number)
+            tagged = connection.execute(sa.select(tags.c.tag).where(tags.c.name == name, tags.c.number == number))
+            _refuse_used(version, sorted(tagged.scalars()), read_weights(connection, name))
+            where = (versions.c.name == name) & (versions.c.number == number)
+            connection.execute(sa.delete(versions).where(where))
+            return version
 
     def delete(self, name: str) -> list[Version]:
         """Removes a name and its versions, and returns these. Their bytes stay where they are."""
@@ -224,3 +266,28 @@ class Registry:
         with self._engine.connect() as connection:
             names, numbers, digests = connection.execute(query).one()
         return Counts(names, numbers, digests)
+
+
+def _missing(ref: ModelRef) -> str:
+    if ref.version is not None:
+        return f"there is no version {ref.version} of {ref.name}"
+    return f"there is no model {ref}" if ref.tag is None else f"{ref.name} has no version with the tag {ref.tag!r}"
+
+
+def _refuse_used(version: Version, tagged: list[str], split: dict[int, int]) -> None:
+    name, ref = version.name, version.ref
+    if version.current:
+        raise InUseError(
+            f"{ref} is the current version of {name}: point the name at another one first (`loradock promote {name} "
+            f"VERSION`), or remove the name with all its versions (`loradock rm {name}`)"
+        )
+    if version.number in split:
+        raise InUseError(
+            f"{ref} has a share in the split of {name}: give its share to others (`loradock split {name} …`), or end "
+            f"the split (`loradock split {name} --off`)"
+        )
+    if tagged:
+        raise InUseError(
+            f"{ref} has the tag {tagged[0]!r}: move it (`loradock tag {name}@VERSION {tagged[0]}`), or remove it "
+            f"(`loradock untag {name} {tagged[0]}`)"
+        )

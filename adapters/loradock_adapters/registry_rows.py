@@ -9,6 +9,7 @@ import sqlalchemy as sa
 
 from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import Checkpoint, Kind
+from loradock_adapters.errors import NotFoundError
 from loradock_adapters.gate import Placement, Verdict
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import ModelRef
@@ -85,10 +86,22 @@ def lock_name(connection: sa.Connection, name: str) -> sa.Row[Any] | None:
 
 
 def read_version(connection: sa.Connection, name: str, which: sa.ColumnElement[bool]) -> Version | None:
-    """One version of a name. A digest may have several numbers, after a rollback by upload: the newest counts."""
-    query = version_query().where(versions.c.name == name, which).order_by(versions.c.number.desc()).limit(1)
+    """One version of a name. A digest may have several numbers, in registries from before schema 0004: the current one
+    counts, else the newest."""
+    is_current = sa.case((versions.c.number == models.c.current_number, 0), else_=1)
+    query = (
+        version_query().where(versions.c.name == name, which).order_by(is_current, versions.c.number.desc()).limit(1)
+    )
     row = connection.execute(query).one_or_none()
     return None if row is None else version_of(row._mapping, row.current_number)
+
+
+def require_version(connection: sa.Connection, name: str, number: int) -> Version:
+    """One version of a name by its number. Raises NotFoundError."""
+    version = read_version(connection, name, versions.c.number == number)
+    if version is None:
+        raise NotFoundError(f"there is no version {number} of {name}")
+    return version
 
 
 def new_row(

@@ -1,9 +1,10 @@
-"""`/v1/adapters`: publishing manifests, listing, rolling back, removing. Uploads are in `blobs_routes.py`.
+"""`/v1/adapters`: publishing manifests, listing, showing. Uploads are in `blobs_routes.py`, moving names and removing
+them in `pointers_routes.py`.
 
 The HTTP side only: what a version is and who may be one is decided in `publish.py` and `loradock_adapters`.
 """
 
-import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,15 +13,12 @@ from starlette.responses import JSONResponse, Response
 from loradock_adapters.names import check_name
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.auth import publisher_of
-from loradock_serve.catalog import Catalog, reasons_json
-from loradock_serve.errors import BadRequestError, TooLargeError
+from loradock_serve.catalog import Catalog, reasons_json, split_json
+from loradock_serve.json_body import json_object
 from loradock_serve.pins import Pins
-from loradock_serve.proof import proof_state
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Look
 from loradock_serve.states import States
-
-MAX_MANIFEST_BYTES = 1024**2
 
 
 def adapters_router(
@@ -35,34 +33,27 @@ def adapters_router(
 
     @router.post("/{name}/versions")
     async def publish(name: str, request: Request) -> Response:
-        published = await publisher.publish(name, await _json_object(request), publisher_of(request.scope))
+        published = await publisher.publish(name, await json_object(request), publisher_of(request.scope))
         location = {"location": f"/v1/models/{published.version.ref}"}
         return JSONResponse(published.to_json(), 201 if published.version.created else 200, headers=location)
 
     @router.get("")
     async def all_adapters() -> Response:
         look = await states.look()
-        data = [_row(version, states, pins, look) for version in map(catalog.fit, registry.models())]
+        tags, splits = registry.tags.all(), registry.splits.all()
+        data = [
+            _row(version, states, pins, look) | pointers(tags.get(version.name, {}), splits.get(version.name, {}))
+            for version in map(catalog.fit, registry.models())
+        ]
         return JSONResponse({"object": "list", "data": data})
 
     @router.get("/{name}")
     async def one_adapter(name: str) -> Response:
         versions = [catalog.fit(version) for version in registry.versions(check_name(name))]
         current = next(version for version in versions if version.current)
-        return JSONResponse(await _whole(current, versions, states, pins))
-
-    @router.delete("/{name}")
-    async def remove(name: str) -> Response:
-        await publisher.remove(check_name(name))
-        return JSONResponse({"name": name, "deleted": True})
-
-    @router.post("/{name}/rollback")
-    async def roll_back(name: str, request: Request) -> Response:
-        number = (await _json_object(request)).get("version")
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise BadRequestError('Say which version: {"version": 2}', param="version")
-        version = catalog.fit(await publisher.roll_back(check_name(name), number))
-        return JSONResponse(summary(version, states.of(version)))
+        whole = await _whole(current, states, pins)
+        tags, split = registry.tags.of(name), registry.splits.of(name)
+        return JSONResponse(whole | pointers(tags, split) | {"versions": [_past(v, tags, split) for v in versions]})
 
     return router
 
@@ -73,10 +64,10 @@ def _row(version: Version, states: States, pins: Pins, look: Look) -> dict[str, 
     return summary(version, states.of(version)) | where
 
 
-async def _whole(current: Version, versions: list[Version], states: States, pins: Pins) -> dict[str, Any]:
+async def _whole(current: Version, states: States, pins: Pins) -> dict[str, Any]:
     residency = states.residency(current, await states.look())
     pinned = pins.state_of(current.name)[0] is not None
-    return details(current, versions, states.of(current)) | {"pinned": pinned, "residency": residency}
+    return details(current, states.of(current)) | {"pinned": pinned, "residency": residency}
 
 
 def summary(version: Version, state: str) -> dict[str, Any]:
@@ -89,47 +80,40 @@ def summary(version: Version, state: str) -> dict[str, Any]:
         "placement": version.placement,
         "size_bytes": version.size_bytes,
         "created_at": version.created_at.isoformat(),
-        "state": "failed" if proof_state(version.proof) == "failed" else state,
-        "proven": proof_state(version.proof),
+        "state": state,
     }
 
 
-def details(current: Version, versions: list[Version], state: str) -> dict[str, Any]:
-    """A name with everything known of it."""
-    history = [
-        {
-            "version": version.number,
-            "digest": version.digest,
-            "kind": version.kind,
-            "placement": version.placement,
-            "size_bytes": version.size_bytes,
-            "created_at": version.created_at.isoformat(),
-            "current": version.current,
-            "proven": proof_state(version.proof),
-        }
-        for version in versions
-    ]
+def pointers(tags: Mapping[str, int], split: Mapping[int, int]) -> dict[str, Any]:
+    """What points at a name's versions besides the name."""
+    return {"tags": dict(tags), "split": split_json(split)}
+
+
+def details(current: Version, state: str) -> dict[str, Any]:
+    """A name's current version with everything known of it."""
     return summary(current, state) | {
         "rank": current.rank,
         "reasons": reasons_json(current.reasons),
-        "repairs": reasons_json(current.repairs),
         "stop_token_ids": list(current.stop_token_ids),
         "own_chat_template": current.chat_template is not None,
-        "proof": current.proof or {"state": proof_state(None)},
-        "versions": history,
     }
 
 
-async def _json_object(request: Request) -> dict[str, Any]:
-    gathered = bytearray()
-    async for chunk in request.stream():
-        gathered += chunk
-        if len(gathered) > MAX_MANIFEST_BYTES:
-            raise TooLargeError(f"The body is over the limit of {MAX_MANIFEST_BYTES} bytes")
-    try:
-        data = json.loads(bytes(gathered))
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(f"The body is not valid JSON: {error}", code="invalid_json") from error
-    if not isinstance(data, dict):
-        raise BadRequestError("The body must be a JSON object", code="invalid_json")
-    return data
+def _past(version: Version, tags: Mapping[str, int], split: Mapping[int, int]) -> dict[str, Any]:
+    """One of a name's versions."""
+    weight = split.get(version.number, 0)
+    return {
+        "version": version.number,
+        "digest": version.digest,
+        "kind": version.kind,
+        "placement": version.placement,
+        "size_bytes": version.size_bytes,
+        "created_at": version.created_at.isoformat(),
+        "current": version.current,
+        "tags": [tag for tag, number in tags.items() if number == version.number],
+        "share": round(weight / sum(split.values()), 6) if split else float(version.current),
+        "proof": version.proof,
+        "repairs": reasons_json(version.repairs),
+        "source": version.source,
+        "publisher": version.publisher,
+    }

@@ -47,7 +47,8 @@ from loradock_serve.pins import Pins
 from loradock_serve.pins_routes import pins_router
 from loradock_serve.plan import make_plan
 from loradock_serve.plan_routes import plan_router
-from loradock_serve.prover import Prover
+from loradock_serve.pointers import Pointers
+from loradock_serve.pointers_routes import pointers_router
 from loradock_serve.proxy import OpenAIProxy
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Residency
@@ -111,22 +112,10 @@ def _join(
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
     told = config.uploads
     uploads = Uploads(store, UploadLimits(told.max_unpublished_bytes, told.max_unpublished_files, told.keep_s))
-    turnstiles = Turnstiles(config.admission)
-    prover = Prover(fleet, turnstiles, registry, store, base.facts.vocab_size)
-    fleet.on_use = prover.at_first_use
     publisher = Publisher(
-        store,
-        uploads,
-        registry,
-        catalog,
-        fleet,
-        base.facts,
-        limits,
-        base.identity,
-        prover,
-        WeightsHash(base.model),
-        base.model,
+        store, uploads, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model)
     )
+    turnstiles = Turnstiles(config.admission)
     care = _Care(
         Residency(fleet, store.has_version),
         Pins(registry, catalog, fleet, lambda: _slots(fleet, lora), turnstiles.of(fleet.base)),
@@ -301,9 +290,11 @@ def _application(
     for path in OPENAI_PATHS:  # the router sees what is no POST, and refuses it
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
     states = States(fleet, care.residency, care.pins)
-    app.include_router(models_router(catalog, publisher, states))
+    pointers = Pointers(registry, catalog, fleet, publisher.turns)
+    app.include_router(models_router(catalog, pointers, states))
     app.include_router(blobs_router(store, care.uploads, config))
     app.include_router(adapters_router(registry, catalog, publisher, states, care.pins))
+    app.include_router(pointers_router(catalog, pointers, states))
     app.include_router(pins_router(care.pins, states))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))
     app.include_router(ops_router(fleet, AdapterGauges(registry, catalog, care.residency), care.turnstiles))

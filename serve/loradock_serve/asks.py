@@ -43,6 +43,17 @@ def tenant_of(payload: Mapping[str, Any]) -> str:
     return user
 
 
+def caller_of(payload: Mapping[str, Any], key: str) -> str | None:
+    """Who gets the same version of a split name each time: the request's `user`, else whose `key` it came with.
+
+    None where neither says anything.
+    """
+    user = tenant_of(payload)
+    if user != ANONYMOUS:
+        return f"user {user}"
+    return f"key {key}" if key else None
+
+
 def priority_of(payload: Mapping[str, Any]) -> int:
     """Lower is earlier; 0 where the request says nothing."""
     priority = payload.get("priority")

@@ -29,6 +29,12 @@ def publisher_of(scope: Scope) -> str:
     return str(scope.get(_PUBLISHER, ANONYMOUS))
 
 
+def key_of(scope: Scope) -> str:
+    """Whose key this request came with; empty on a server without keys, whatever clients send there."""
+    publisher = publisher_of(scope)
+    return "" if publisher == ANONYMOUS else publisher
+
+
 class Doorkeeper:
     """Lets a request through to `app`, or answers it 401 or 403."""
 

@@ -6,18 +6,19 @@ engines but the states it is told.
 """
 
 import difflib
+import random
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loradock_adapters.errors import InvalidNameError, NotFoundError
 from loradock_adapters.names import parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailedError, UnfitError
-from loradock_serve.proof import Proof
+from loradock_serve.errors import ConflictError, ModelNotFoundError, UnfitError
 from loradock_serve.rewrite import Behaviour
+from loradock_serve.shares import pick
 
 MAX_CACHED = 4096
 NEAR_NAMES = 3
@@ -33,6 +34,8 @@ class Resolved:
     version: Version | None
     """None: the base itself."""
     behaviour: Behaviour
+    split: "Split | None" = None
+    """Who answers instead of `version`, the current one, while the name's traffic is split."""
 
     @property
     def is_adapter(self) -> bool:
@@ -43,6 +46,23 @@ class Resolved:
     def engine_name(self) -> str:
         """What the engine calls it."""
         return BASE_NAME if self.version is None else self.version.digest
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the traffic of a name is shared out."""
+
+    weights: tuple[tuple[int, int], ...]
+    """(number, weight) of each version."""
+    versions: Mapping[int, Resolved]
+
+    @classmethod
+    def of(cls, shares: Sequence[tuple[Resolved, int]]) -> "Split | None":
+        """None where nothing is split."""
+        found = [(share.version.number, weight, share) for share, weight in shares if share.version is not None]
+        if not found:
+            return None
+        return cls(tuple((n, weight) for n, weight, _ in found), {n: share for n, _, share in found})
 
 
 class Catalog:
@@ -86,32 +106,44 @@ class Catalog:
         known = self._cache.get(model)
         if known is not None:
             return known
-        if model in self.base_names:
-            resolved = Resolved(model, None, Behaviour())
-        else:
-            version = self._look_up(model)
-            resolved = Resolved(model, version, self._behaviour(version))
+        resolved = Resolved(model, None, Behaviour()) if model in self.base_names else self._look_up(model)
         if len(self._cache) >= MAX_CACHED:
             self._cache.clear()
         self._cache[model] = resolved
         return resolved
 
-    def resolve_to_answer(self, model: str) -> Resolved:
-        """As `resolve`, for a request that the version is to answer; UnfitError where it cannot on this server."""
+    def route(self, model: str, caller: Callable[[], str | None]) -> Resolved:
+        """As `resolve`, for a request: while the name's traffic is split, the version that is its caller's.
+
+        `caller` is only asked then; who has none gets any version, each time anew.
+        """
         resolved = self.resolve(model)
-        version = resolved.version
-        if version is not None and version.placement == "rejected":
-            raise UnfitError(f"{version.name!r} version {version.number}", version.reasons[0])
-        proof = Proof.from_json(version.proof) if version is not None else None
-        if version is not None and proof is not None and proof.state == "failed" and proof.reason is not None:
-            raise ProofFailedError(f"{version.name!r} version {version.number}", proof.reason)
+        if resolved.split is None or resolved.version is None:
+            return resolved
+        who = caller()
+        who = f"caller {who}" if who is not None else f"nobody {random.getrandbits(64)}"
+        return resolved.split.versions[pick(resolved.version.name, resolved.split.weights, who)]
+
+    def resolve_to_answer(self, model: str) -> Resolved:
+        """As `resolve`, where the version is to answer; UnfitError where it cannot on this server."""
+        resolved = self.resolve(model)
+        refuse_unfit(resolved.version)
         return resolved
 
-    def _look_up(self, model: str) -> Version:
+    def _look_up(self, model: str) -> Resolved:
         try:
-            return self.fit(self._registry.resolve(parse_ref(model)))
+            ref = parse_ref(model)
+            if ref.pin is not None:
+                return self._resolved(model, self._registry.resolve(ref))
+            route = self._registry.route(ref.name)
         except (InvalidNameError, NotFoundError):
             raise ModelNotFoundError(model, self._near(model)) from None
+        shares = [(self._resolved(model, version), weight) for version, weight in route.shares]
+        return replace(self._resolved(model, route.current), split=Split.of(shares))
+
+    def _resolved(self, model: str, version: Version) -> Resolved:
+        version = self.fit(version)
+        return Resolved(model, version, self._behaviour(version))
 
     def _near(self, model: str) -> list[str]:
         if len(model) > MAX_REF_CHARS:
@@ -155,6 +187,12 @@ class Catalog:
         return _card(self.base_name, self._created, about)
 
 
+def refuse_unfit(version: Version | None) -> None:
+    """UnfitError where this server cannot serve the version."""
+    if version is not None and version.placement == "rejected":
+        raise UnfitError(f"{version.name!r} version {version.number}", version.reasons[0])
+
+
 def version_card(version: Version, name: str, state: str) -> dict[str, Any]:
     """One entry of `/v1/models`."""
     about = {
@@ -174,3 +212,8 @@ def _card(name: str, created: int, about: dict[str, Any]) -> dict[str, Any]:
 def reasons_json(reasons: Sequence[Any]) -> list[dict[str, str]]:
     """A verdict's reasons as they stand in answers."""
     return [reason.to_json() for reason in reasons]
+
+
+def split_json(split: Mapping[int, int]) -> dict[str, int] | None:
+    """A split's weights as they stand in answers; null where there is none."""
+    return {str(number): weight for number, weight in sorted(split.items())} or None

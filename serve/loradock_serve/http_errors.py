@@ -51,6 +51,8 @@ STATUS: Mapping[type[Exception], int] = {
     adapters.WrongOffsetError: 416,
     adapters.UploadBusyError: 423,
     adapters.NoRoomError: 507,
+    adapters.InUseError: 409,
+    adapters.UsageError: 400,
     adapters.RefusedError: 422,
 }
 TYPE: Mapping[int, str] = {
@@ -90,7 +92,7 @@ def error_object(error: LoradockError) -> dict[str, Any]:
         "code": error.code,
         "source": "gateway",
     }
-    if isinstance(error, adapters.RefusedError | serve.UnfitError | serve.ProofFailedError):
+    if isinstance(error, adapters.RefusedError | serve.UnfitError):
         body["problems"] = [problem.to_json() for problem in error.problems]
     if isinstance(error, adapters.MissingBlobsError):
         body["missing"] = list(error.missing)
@@ -109,7 +111,7 @@ def headers_of(error: LoradockError) -> dict[str, str]:
         return {"retry-after": str(error.retry_after_s)}
     if isinstance(error, serve.UnauthorizedError):
         return {"www-authenticate": "Bearer"}
-    if isinstance(error, serve.ConflictError | adapters.MissingBlobsError):
+    if isinstance(error, serve.ConflictError | adapters.MissingBlobsError | adapters.InUseError):
         # The OpenAI client retries every 409 by itself; these stay what they are.
         return {"x-should-retry": "false"}
     return {}

@@ -3,14 +3,22 @@
 Knows nothing of HTTP or engines; whoever does the thing counts it.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from loradock_adapters.registry import Version
+
 REGISTRY = CollectorRegistry()
+CLIENT_GONE = 499
+"""What logs and metrics call a request whose client hung up (nginx's number for it)."""
 MAX_MODEL_LABELS = 200
 """Names that get a time series of their own; later ones count as "(other)"."""
+
+MAX_VERSION_LABELS = 500
+"""Versions that have time series of their own at one moment; the one that was asked least recently makes room."""
 
 REQUESTS = Counter(
     "loradock_requests_total",
@@ -42,6 +50,19 @@ ADAPTER_REQUESTS = Counter(
     ["model", "found"],
     registry=REGISTRY,
 )
+VERSION_REQUESTS = Counter(
+    "loradock_version_requests_total",
+    "Requests by the version that they were for, and how they ended: ok, refused (4xx), failed (5xx), gone (the client "
+    "hung up).",
+    ["model", "version", "outcome"],
+    registry=REGISTRY,
+)
+VERSION_SECONDS = Counter(
+    "loradock_version_seconds_total",
+    "Seconds from arrival to the end of the answer, of the requests that ended ok, by version.",
+    ["model", "version"],
+    registry=REGISTRY,
+)
 ADAPTERS = Gauge(
     "loradock_adapters", "Hot-swapped adapters (current versions), by where they are.", ["residency"], registry=REGISTRY
 )
@@ -65,15 +86,6 @@ ADAPTER_EVICTIONS = Counter(
 )
 UPLOADED_BYTES = Counter("loradock_uploaded_bytes_total", "Bytes stored from uploads.", registry=REGISTRY)
 PUBLISHES = Counter("loradock_publishes_total", "Uploads published or refused.", ["verdict"], registry=REGISTRY)
-PROOFS = Counter(
-    "loradock_proofs_total",
-    "Versions that an engine was to prove: proven, unproven, failed, or refused before they were published.",
-    ["outcome"],
-    registry=REGISTRY,
-)
-PROOF_STATES = Gauge(
-    "loradock_versions_proof", "Current versions, by what an engine has shown about them.", ["state"], registry=REGISTRY
-)
 ENGINE_UP = Gauge("loradock_engine_up", "1 while the base's engine is ready.", registry=REGISTRY)
 ENGINE_STARTS = Gauge(
     "loradock_engine_starts", "Starts of the base's engine since the gateway's own.", registry=REGISTRY
@@ -122,6 +134,52 @@ def count_request(route: str, status: int, seconds: float) -> None:
     requests, histogram = _requests(route, status)
     requests.inc()
     histogram.observe(seconds)
+
+
+def count_version(version: Version, status: int, seconds: float) -> None:
+    """Count one request to a version of a name."""
+    name, number = version.name, version.number
+    series = _versions.get((name, number))
+    if series is None:
+        series = _versions[name, number] = _VersionSeries(name, str(number))
+        if len(_versions) > MAX_VERSION_LABELS:
+            _versions.popitem(last=False)[1].remove()
+    else:
+        _versions.move_to_end((name, number))
+    series.count(_outcome(status), seconds)
+
+
+class _VersionSeries:
+    """The time series of one version, each made when it first counts."""
+
+    def __init__(self, *labels: str) -> None:
+        self._labels = labels
+        self._requests: dict[str, Counter] = {}
+        self._seconds = VERSION_SECONDS.labels(*labels)
+
+    def count(self, outcome: str, seconds: float) -> None:
+        counter = self._requests.get(outcome)
+        if counter is None:
+            counter = self._requests[outcome] = VERSION_REQUESTS.labels(*self._labels, outcome)
+        counter.inc()
+        if outcome == "ok":
+            self._seconds.inc(seconds)
+
+    def remove(self) -> None:
+        for outcome in self._requests:
+            VERSION_REQUESTS.remove(*self._labels, outcome)
+        VERSION_SECONDS.remove(*self._labels)
+
+
+_versions: OrderedDict[tuple[str, int], _VersionSeries] = OrderedDict()
+
+
+def _outcome(status: int) -> str:
+    if status < 400:
+        return "ok"
+    if status == CLIENT_GONE:
+        return "gone"
+    return "refused" if status < 500 else "failed"
 
 
 def count_adapter_request(name: str, *, hit: bool) -> None:

@@ -6,11 +6,11 @@ from starlette.responses import JSONResponse, Response
 from loradock_adapters.errors import NotFoundError
 from loradock_serve.catalog import Catalog, version_card
 from loradock_serve.errors import ConflictError, ModelNotFoundError
-from loradock_serve.publish import Publisher
+from loradock_serve.pointers import Pointers
 from loradock_serve.states import States
 
 
-def models_router(catalog: Catalog, publisher: Publisher, states: States) -> APIRouter:
+def models_router(catalog: Catalog, pointers: Pointers, states: States) -> APIRouter:
     """The routes, bound to their parts."""
     router = APIRouter(prefix="/v1/models")
 
@@ -34,7 +34,7 @@ def models_router(catalog: Catalog, publisher: Publisher, states: States) -> API
         if model != resolved.version.name:
             raise ConflictError(f"Name the model itself ({resolved.version.name!r}) to delete it with all its versions")
         try:
-            await publisher.remove(model)
+            await pointers.remove(model)
         except NotFoundError:
             raise ModelNotFoundError(model) from None
         return JSONResponse({"id": model, "object": "model", "deleted": True})

@@ -1,12 +1,13 @@
 """An adapter rewritten into the form that an engine reads fastest: a PEFT directory that needs no work to be read.
 
+    synced                       empty; there once the others are on the disk for certain
     adapter_config.json          as it was, with every scaling 1
     adapter_model.safetensors    every tensor in the engine's `lora_dtype`, B's already multiplied by their scaling and,
                                  where the metadata says `{"b": "transposed"}`, transposed: (r, o), as they lie in the
                                  slots of our CPU kernel; the tensors begin on a page, and lie 64-byte aligned
 
 It is mapped as it lies: no conversion, no private copy for vLLM's `lora_b *= scaling`. The values are bit for bit what
-vLLM makes of the original. Written under another name, synced and renamed by the caller (packing.py). No torch: numpy,
+vLLM makes of the original. Written under another name and renamed by the caller (packing.py). No torch: numpy,
 in small chunks. Knows nothing of digests or engines.
 """
 
@@ -28,7 +29,7 @@ from loradock_adapters.safetensors_header import DTYPE_BITS, TensorInfo, read_he
 VERSION = 1
 """Of what this module writes: to be raised when the same adapter would be written differently, so that nobody reads
 what an older Loradock made."""
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, SYNCED = "adapter_model.safetensors", "adapter_config.json", "synced"
 DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """Number formats of engines, as safetensors calls them."""
 FORMS = tuple(f"{dtype}{device}" for dtype in DTYPES for device in ("", "-cpu"))
@@ -80,15 +81,15 @@ class Recipe:
             yield alphas.rank_of(key.module) / by if key.part in ("B", "embedding_B") else 1.0
 
     def write(self, directory: Path) -> None:
-        """Write both files into an empty directory, and have them on the disk when this returns."""
+        """Write both files into an empty directory. They are on the disk for certain only after `sync`."""
         rank = self.config["r"]
         patterns = self.config.get("rank_pattern") or {}
         neutral = {"lora_alpha": rank, "alpha_pattern": patterns, "use_rslora": False}
-        _write_synced(directory / CONFIG, [json.dumps(self.config | neutral, indent=2).encode()])
+        _write(directory / CONFIG, [json.dumps(self.config | neutral, indent=2).encode()])
         # Odd sizes last, so that every other tensor is aligned: safetensors has no room between tensors.
         order = sorted(self.tensors, key=lambda name: (self._size_bytes(name) % ALIGN_BYTES != 0, name))
         with self.source.open("rb") as file:
-            _write_synced(directory / WEIGHTS, self._parts(order, file))
+            _write(directory / WEIGHTS, self._parts(order, file))
 
     def _size_bytes(self, name: str) -> int:
         return math.prod(self.tensors[name].shape) * DTYPE_BITS[self.dtype] // 8
@@ -121,9 +122,22 @@ class NotPackableError(ValueError):
     """The adapter is of a kind that is left as it is."""
 
 
+def sync(directory: Path) -> None:
+    """Have a packed directory on the disk, and leave a mark that says so. OSError, also where it is gone."""
+    for path in (directory / CONFIG, directory / WEIGHTS, directory, directory.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    (directory / SYNCED).touch()
+
+
 def is_whole(directory: Path) -> bool:
-    """Whether a packed directory has both its files, and the weights' file the size that its header says."""
+    """Whether a packed directory was synced, and has both its files, and its weights the size that the header says."""
     try:
+        if not (directory / SYNCED).is_file():
+            return False
         json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         read_header(directory / WEIGHTS)
     except (OSError, ValueError, LoradockError):
@@ -176,9 +190,7 @@ def _rounded(values: Floats, dtype: str) -> npt.NDArray[Any]:
             return upper
 
 
-def _write_synced(path: Path, parts: Iterable[bytes]) -> None:
+def _write(path: Path, parts: Iterable[bytes]) -> None:
     with path.open("xb") as file:
         for part in parts:
             file.write(part)
-        file.flush()
-        os.fsync(file.fileno())

@@ -4,8 +4,9 @@
 
 They are copies that can be made again: an engine which finds one gone reads the version's own directory. So the least
 recently used go when `limit_bytes` is reached, whoever may use them, and a mapped one lives on until the engine lets go
-of it. Made under a temporary name and renamed whole. The threads that make them step back for the engine's, which
-share the cores of a machine without a GPU.
+of it. Made under a temporary name and renamed whole; used at once and synced later (the syncs take several times as
+long as the packing), so that one without its mark is made again after a restart. The threads that make them step back
+for the engine's, which share the cores of a machine without a GPU.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from loradock_adapters.errors import LoradockError
-from loradock_serve.packed_file import FORMS, VERSION, NotPackableError, Recipe, is_whole
+from loradock_serve.packed_file import FORMS, VERSION, NotPackableError, Recipe, is_whole, sync
 
 log = logging.getLogger("loradock.packing")
 
@@ -38,6 +39,7 @@ class PackedAdapters:
         self._seen: set[Path] = set()
         """Those that this process made or looked at."""
         self._packers = ThreadPoolExecutor(PACKERS, "loradock-packer", initializer=_step_back)
+        self._syncer = ThreadPoolExecutor(1, "loradock-syncer", initializer=_step_back)
         root.mkdir(parents=True, exist_ok=True)
         _sweep(root)
 
@@ -54,6 +56,10 @@ class PackedAdapters:
             task = self._making[target] = asyncio.create_task(self._in_thread(source, target, form))
             task.add_done_callback(lambda _task: self._making.pop(target, None))
         return await asyncio.shield(task)
+
+    async def settle(self) -> None:
+        """Returns when everything made until now is on the disk."""
+        await asyncio.get_running_loop().run_in_executor(self._syncer, lambda: None)
 
     async def discard(self, digest: str) -> None:
         """Remove what was made of a version that is gone."""
@@ -87,7 +93,7 @@ class PackedAdapters:
     def _is_there(self, target: Path) -> bool:
         """Whether it is there and whole; it counts as used now."""
         if target not in self._seen and target.is_dir() and not is_whole(target):
-            log.warning("%s is damaged: it is made again", target)
+            log.warning("%s is damaged, or was not on the disk for certain: it is made again", target)
             self._remove(target)
         with contextlib.suppress(FileNotFoundError):
             os.utime(target)
@@ -102,6 +108,7 @@ class PackedAdapters:
             recipe.write(partial)
             with contextlib.suppress(FileExistsError):
                 _rename(partial, target)
+                self._syncer.submit(_sync, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         self._seen.add(target)
@@ -138,11 +145,15 @@ def _rename(partial: Path, target: Path) -> None:
         if target.is_dir():
             raise FileExistsError(str(target)) from error
         raise
-    descriptor = os.open(target.parent, os.O_RDONLY)
+
+
+def _sync(target: Path) -> None:
     try:
-        os.fsync(descriptor)  # a rename is on the disk only when its directory is
-    finally:
-        os.close(descriptor)
+        sync(target)
+    except FileNotFoundError:
+        pass  # it had to make room meanwhile
+    except OSError as error:
+        log.warning("%s is not on the disk for certain, and is made again after a restart: %s", target, error)
 
 
 def _sweep(root: Path) -> None:

@@ -16,8 +16,9 @@ from starlette.types import Receive, Scope, Send
 
 from loradock_adapters.errors import LoradockError
 from loradock_serve import metrics, rewrite
-from loradock_serve.asks import ask_of, check_n, timeout_of
-from loradock_serve.catalog import Catalog, Resolved
+from loradock_serve.asks import ask_of, caller_of, check_n, timeout_of
+from loradock_serve.auth import key_of
+from loradock_serve.catalog import Catalog, Resolved, refuse_unfit
 from loradock_serve.comments import Comments
 from loradock_serve.cut_short import ClientGoneError, CutShort
 from loradock_serve.engine_http import Answer, EngineGoneError
@@ -43,8 +44,6 @@ MAX_ERROR_BYTES = 64 * 1024
 FORWARDED = (b"x-request-id", b"traceparent", b"tracestate")
 MAX_REQUEST_ID_CHARS = 128
 MAX_NAME_CHARS = 200
-CLIENT_GONE = 499
-"""What logs and metrics call a request whose client hung up (nginx's number for it)."""
 
 
 class OpenAIProxy:
@@ -83,7 +82,7 @@ class OpenAIProxy:
                 await self._answer(scope, reply, body, began + timeout_s)
             status = reply.status
         except ClientGoneError:
-            status = CLIENT_GONE
+            status = metrics.CLIENT_GONE
         except Exception as error:
             known = error if isinstance(error, LoradockError) else explained(error)
             status = status_of(known) if known is not None else 500
@@ -94,6 +93,9 @@ class OpenAIProxy:
             metrics.IN_FLIGHT.dec()
             seconds = time.monotonic() - began
             metrics.count_request(scope["path"], status, seconds)
+            if reply.version is not None:
+                broken = status == 200 and reply.error_code is not None  # after the head of a stream
+                metrics.count_version(reply.version, 500 if broken else status, seconds)
             outcome = f"{status}" if reply.error_code is None else f"{status} {_shown(reply.error_code)}"
             log.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), outcome, seconds, reply.request_id)
 
@@ -101,8 +103,9 @@ class OpenAIProxy:
         path = scope["path"]
         payload = rewrite.parse_body(body)
         reply.model = rewrite.model_of(payload)
-        resolved = self._catalog.resolve_to_answer(reply.model)
+        resolved = self._catalog.route(reply.model, lambda: caller_of(payload, key_of(scope)))
         reply.version = resolved.version
+        refuse_unfit(resolved.version)
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour, body)
         check_n(payload, self._max_n)
         ask = ask_of(payload, len(body), resolved.version.digest if resolved.version else None, deadline_at)

@@ -214,7 +214,7 @@ def test_ls_show_rollback_and_rm(server: State, tmp_path: Path, capsys: pytest.C
     capsys.readouterr()
     assert run(["ls"]) == 0
     header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["NAME", "VERSION", "KIND", "PLACEMENT", "STATE", "WHERE", "SIZE", "CREATED"]
+    assert header.split() == ["NAME", "VERSION", "TAGS", "KIND", "PLACEMENT", "STATE", "WHERE", "SIZE", "CREATED"]
     assert row.split() == ["sql", "2", "lora", "shared", "ready", "1.2", "kB", "2026-01-02", "03:04:05"]
     assert run(["ls", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["current_version"] == 2

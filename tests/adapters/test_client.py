@@ -1,12 +1,15 @@
 """The client against a real HTTP server: what is sent, what is not, and what becomes of faults."""
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from loradock_adapters.client import Client
+from loradock_adapters.connection import Patience
 from loradock_adapters.errors import CheckpointError, InvalidNameError, NotFoundError, ServerError, UnreachableError
 from loradock_adapters.manifest import manifest_of
 from loradock_testing.adapters_server import KEY, State, adapters_server
@@ -33,7 +36,14 @@ def test_push_sends_every_content_then_the_manifest(server: State, client: Clien
     assert answer["sent_bytes"] == answer["size_bytes"] == manifest.size_bytes
     assert answer["seconds"] >= 0
     assert {sha256: len(raw) for sha256, raw in server.blobs.items()} == manifest.blobs
-    assert [request.split()[0] for request in server.requests] == ["HEAD", "HEAD", "PUT", "PUT", "POST"]
+    methods = [request.split()[0] for request in server.requests]
+    assert (sorted(methods[:-1]), methods[-1]) == (["HEAD", "HEAD", "PUT", "PUT"], "POST")
+    assert server.published == [manifest.to_json()]
+
+
+def test_push_force_is_said_in_the_publication(server: State, client: Client, tmp_path: Path) -> None:
+    client.push(write_adapter(tmp_path), "sql", force=True)
+    assert server.published == [manifest_of(tmp_path).to_json() | {"force": True}]
 
 
 def test_push_again_sends_nothing_and_says_so(server: State, client: Client, tmp_path: Path) -> None:
@@ -71,7 +81,8 @@ def test_push_progress_covers_every_byte_of_both_phases(client: Client, tmp_path
         seen.setdefault(phase, []).append((done_bytes, total_bytes))
 
     size_bytes = client.push(write_adapter(tmp_path), "sql", note)["size_bytes"]
-    assert list(seen) == ["hash", "send"]
+    assert list(seen) == ["hash", "send", "publish"]
+    assert seen.pop("publish") == [(0, 0)]
     for steps in seen.values():
         assert steps[0] == (0, size_bytes)
         assert steps[-1] == (size_bytes, size_bytes)
@@ -86,12 +97,97 @@ def test_push_broken_connection_is_tried_again(server: State, client: Client, tm
     assert (answer["version"], server.drop[method]) == (1, 0)
 
 
-def test_push_connection_that_stays_broken_ends_with_an_error(server: State, client: Client, tmp_path: Path) -> None:
-    server.drop["PUT"] = 99
-    with pytest.raises(UnreachableError, match=r"loradock serve"):
+def test_push_goes_on_where_a_broken_connection_ended(server: State, client: Client, tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 3_000_000)
+    client.models()
+    server.drop["PUT"] = 1
+    answer = client.push(tmp_path, "sql")
+    assert len(server.partials) == 0
+    assert answer["version"] == 1
+    assert answer["sent_bytes"] < 2 * answer["size_bytes"]
+    assert sorted(server.blobs) == sorted(manifest_of(tmp_path).blobs)
+
+
+def test_push_after_another_was_killed_sends_only_the_rest(server: State, client: Client, tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    big = tmp_path / "tokenizer.json"
+    big.write_bytes(b"x" * 3_000_000)
+    (entry,) = [entry for entry in manifest_of(tmp_path).files if entry.path == "tokenizer.json"]
+    server.partials[entry.sha256] = b"x" * 2_500_000
+    answer = client.push(tmp_path, "sql")
+    assert answer["sent_bytes"] == answer["size_bytes"] - 2_500_000
+
+
+def test_push_whose_every_byte_is_held_has_it_completed(server: State, client: Client, tmp_path: Path) -> None:
+    for entry in manifest_of(write_adapter(tmp_path)).files:
+        server.partials[entry.sha256] = (tmp_path / entry.path).read_bytes()
+    answer = client.push(tmp_path, "sql")
+    assert (answer["version"], answer["sent_bytes"]) == (1, 0)
+
+
+def test_push_that_goes_on_from_foreign_bytes_sends_all_once_more(
+    server: State, client: Client, tmp_path: Path
+) -> None:
+    for entry in manifest_of(write_adapter(tmp_path)).files:
+        server.partials[entry.sha256] = b"!"
+    assert client.push(tmp_path, "sql")["version"] == 1
+
+
+@pytest.mark.parametrize("status", [408, 416, 423, 429, 502, 503, 504])
+def test_push_tries_again_what_passes(server: State, client: Client, tmp_path: Path, status: int) -> None:
+    server.put_answers = [(status, {"Retry-After": "1"})] * 2
+    assert client.push(write_adapter(tmp_path), "sql")["version"] == 1
+
+
+@pytest.mark.parametrize("status", [413, 507])
+def test_push_without_room_ends_with_the_servers_words(
+    server: State, client: Client, tmp_path: Path, status: int
+) -> None:
+    server.put_answers = [(status, {})] * 2
+    with pytest.raises(ServerError, match="no: made_up") as caught:
         client.push(write_adapter(tmp_path), "sql")
+    assert caught.value.status == status
+    assert ("run the same command again: 0 of" in str(caught.value)) == (status == 507)
+
+
+def test_push_connection_that_stays_broken_ends_with_what_is_there(
+    server: State, client: Client, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path)
+    weights = next(entry for entry in manifest_of(tmp_path).files if entry.path.endswith(".safetensors"))
+    config = next(entry for entry in manifest_of(tmp_path).files if entry.path.endswith(".json"))
+    server.blobs[weights.sha256] = (tmp_path / weights.path).read_bytes()
+    server.drop["PUT"] = 99
+    server.keep_dropped = False
+    total_bytes = weights.size_bytes + config.size_bytes
+    with pytest.raises(UnreachableError, match=f"again: {weights.size_bytes} of {total_bytes} bytes are there"):
+        client.push(tmp_path, "sql")
     assert server.count("PUT") == 3
     assert server.versions == {}
+
+
+def test_push_makes_no_end_while_it_gets_on(server: State, client: Client, tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(b"x" * 3_000_000)
+    server.drop["PUT"] = 8
+    client.models()
+    assert client.push(tmp_path, "sql")["version"] == 1
+    assert server.drop["PUT"] == 0
+
+
+def test_patience_waits_as_long_as_the_answer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    stop = threading.Event()
+    monkeypatch.setattr(stop, "wait", waited.append)  # which returns None: nobody stopped it
+    patience = Patience((0.5, 1.0), stop)
+    assert patience.wait(httpx.Response(503, headers={"retry-after": "7"}))
+    assert patience.wait(httpx.Response(503, headers={"retry-after": "9999"}))
+    assert not patience.wait()
+    patience.reached(10)
+    assert patience.wait(httpx.Response(503, headers={"retry-after": "soon"}))
+    assert waited[:2] == [7.0, 60.0]
+    assert 0.35 <= waited[2] <= 0.5
 
 
 def test_push_blobs_collected_meanwhile_are_sent_again(server: State, client: Client, tmp_path: Path) -> None:

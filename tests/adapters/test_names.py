@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loradock_adapters.errors import InvalidNameError, UsageError
-from loradock_adapters.names import MAX_NAME_CHARS, ModelRef, check_name, parse_ref
+from loradock_adapters.names import MAX_NAME_CHARS, ModelRef, check_name, check_tag, parse_ref
 
 DIGEST = "sha256:" + "ab" * 32
 
@@ -73,6 +73,10 @@ def test_check_name_control_characters_escaped_in_message() -> None:
         ("sql@1", ModelRef("sql", version=1)),
         ("sql@120", ModelRef("sql", version=120)),
         (f"sql@{DIGEST}", ModelRef("sql", digest=DIGEST)),
+        ("sql@prod", ModelRef("sql", tag="prod")),
+        ("sql@2b", ModelRef("sql", tag="2b")),
+        ("sql@2026.11-a_b", ModelRef("sql", tag="2026.11-a_b")),
+        ("sql@" + "t" * 63, ModelRef("sql", tag="t" * 63)),
     ],
 )
 def test_parse_ref_well_formed_parsed(text: str, ref: ModelRef) -> None:
@@ -91,7 +95,13 @@ def test_parse_ref_well_formed_parsed(text: str, ref: ModelRef) -> None:
         "sql@01",
         "sql@-1",
         "sql@1@2",
-        "sql@latest",
+        "sql@Prod",
+        "sql@.prod",
+        "sql@-prod",
+        "sql@pr od",
+        "sql@prod@2",
+        "sql@sha256:prod",
+        "sql@" + "t" * 64,
         "sql@" + "9" * 10,
         "sql@١",
         "sql@1\n",
@@ -121,3 +131,17 @@ def test_parse_ref_any_text_parsed_or_refused(text: str) -> None:
         assert refusal.isprintable()
     else:
         assert shown == text
+
+
+@pytest.mark.parametrize("tag", ["prod", "v1.2", "2b", "_x", "sha256"])
+def test_check_tag_well_formed_returned(tag: str) -> None:
+    assert check_tag(tag) == tag
+
+
+@pytest.mark.parametrize(
+    "tag", ["", "7", "007", "12345678901", "Prod", "a b", "a/b", "a@b", "sha256:x", "\x1b[31m", "é"]
+)
+def test_check_tag_malformed_refused_in_printable_words(tag: str) -> None:
+    with pytest.raises(InvalidNameError, match="is not a tag") as caught:
+        check_tag(tag)
+    assert str(caught.value).isprintable()

@@ -26,6 +26,7 @@ from loradock_adapters.names import ModelRef
 from loradock_adapters.problems import Problem
 from loradock_adapters.registry import Counts, Details, Registry
 from loradock_adapters.registry_changes import PostgresChanges
+from loradock_adapters.registry_schema import versions
 from loradock_adapters.registry_url import parse_url
 
 SHARED = Verdict("lora", "shared", (), 8)
@@ -78,12 +79,25 @@ def test_publish_same_bytes_under_new_engine_settings_takes_the_new_verdict(regi
     assert registry.resolve("sql") == again
 
 
-def test_publish_same_bytes_as_an_older_version_is_a_new_one(registry: Registry) -> None:
+def test_publish_same_bytes_as_an_older_version_changes_nothing_and_returns_that_one(registry: Registry) -> None:
     for seed in (1, 2, 1):
         version = registry.publish("sql", manifest(seed), SHARED)
-    assert (version.number, version.created) == (3, True)
-    assert registry.resolve(ModelRef("sql", digest=manifest(1).digest)).number == 3
-    assert registry.counts() == Counts(names=1, versions=3, digests=2)
+    assert (version.number, version.created, version.current) == (1, False, False)
+    assert registry.resolve("sql").number == 2
+    assert registry.counts() == Counts(names=1, versions=2, digests=2)
+
+
+def test_digest_with_several_numbers_from_an_older_registry_means_the_current_one(registry: Registry) -> None:
+    for seed in (1, 2, 3):
+        registry.publish("sql", manifest(seed), SHARED)
+    with registry._writer.begin() as connection:
+        connection.execute(sa.update(versions).values(digest=manifest(9).digest))
+    pinned = ModelRef("sql", digest=manifest(9).digest)
+    assert registry.resolve(pinned).number == 3
+    registry.set_current("sql", 2)
+    assert registry.resolve(pinned).number == 2
+    again = registry.publish("sql", manifest(9), SHARED)
+    assert (again.number, again.created, again.current) == (2, False, True)
 
 
 def test_publish_after_rollback_counts_on_from_the_last(registry: Registry) -> None:
@@ -115,7 +129,7 @@ def test_resolve_name_number_and_digest(registry: Registry) -> None:
     assert registry.resolve(ModelRef("sql", version=1)).current is False
 
 
-@pytest.mark.parametrize("ref", ["other", "sql@3", "sql@sha256:" + "0" * 64, "base"])
+@pytest.mark.parametrize("ref", ["other", "sql@3", "sql@sha256:" + "0" * 64, "sql@prod", "base"])
 def test_resolve_what_is_not_there_not_found(registry: Registry, ref: str) -> None:
     registry.publish("sql", manifest(), SHARED)
     with pytest.raises(NotFoundError):
@@ -291,11 +305,11 @@ def test_process_killed_while_publishing_leaves_a_whole_registry(url: str) -> No
     process.wait()
     process.stdout.close()
     registry = Registry(url)
-    versions = registry.versions("sql")
-    assert [version.number for version in reversed(versions)] == list(range(1, len(versions) + 1))
-    assert len(versions) in (acknowledged[-1], acknowledged[-1] + 1)  # one may have been stored and not yet said
-    assert registry.resolve("sql").number == len(versions)
-    assert registry.publish("sql", manifest(99), SHARED).number == len(versions) + 1
+    stored = registry.versions("sql")
+    assert [version.number for version in reversed(stored)] == list(range(1, len(stored) + 1))
+    assert len(stored) in (acknowledged[-1], acknowledged[-1] + 1)  # one may have been stored and not yet said
+    assert registry.resolve("sql").number == len(stored)
+    assert registry.publish("sql", manifest(99), SHARED).number == len(stored) + 1
     registry.close()
 
 

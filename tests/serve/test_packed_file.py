@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from loradock_adapters.errors import HeaderError
 from loradock_adapters.safetensors_header import read_header
-from loradock_serve.packed_file import CONFIG, TRANSPOSED, WEIGHTS, NotPackableError, Recipe, is_whole
+from loradock_serve.packed_file import CONFIG, TRANSPOSED, WEIGHTS, NotPackableError, Recipe, is_whole, sync
 from loradock_testing.three_layers import DOWN, EMBED, Q, adapter_at, tensors
 
 TORCH = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -136,6 +136,8 @@ def test_damaged_directory_is_not_whole(tmp_path: Path) -> None:
     weights, config = tmp_path / "packed" / WEIGHTS, tmp_path / "packed" / CONFIG
     whole, text = weights.read_bytes(), config.read_text()
 
+    assert not is_whole(tmp_path / "packed")
+    sync(tmp_path / "packed")
     assert is_whole(tmp_path / "packed")
     weights.write_bytes(whole[:-1])
     assert not is_whole(tmp_path / "packed")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loradock_serve import packing
-from loradock_serve.packed_file import VERSION, WEIGHTS, Recipe
+from loradock_serve.packed_file import SYNCED, VERSION, WEIGHTS, Recipe
 from loradock_serve.packing import GONE, PARTIAL, PackedAdapters
 from loradock_testing.three_layers import adapter_at, tensors
 
@@ -37,6 +37,7 @@ async def test_packed_form_is_made_once_however_many_ask(tmp_path: Path, monkeyp
     packs = packs_at(root)
 
     found = await asyncio.gather(*(packs.directory_of(ONE, source, "bfloat16") for _ in range(4)))
+    await packs.settle()
     later = await packs_at(root).directory_of(ONE, source, "bfloat16")
     other = await packs.directory_of(ONE, source, "float16")
 
@@ -98,13 +99,33 @@ async def test_crash_half_way_leaves_nothing_that_counts(tmp_path: Path) -> None
 
 async def test_damaged_packed_form_is_made_again(tmp_path: Path) -> None:
     source, root = adapter_at(tmp_path / "a"), tmp_path / "packed"
-    made = await packs_at(root).directory_of(ONE, source, "bfloat16")
+    packs = packs_at(root)
+    made = await packs.directory_of(ONE, source, "bfloat16")
     assert made is not None
+    await packs.settle()
     whole = (made / WEIGHTS).read_bytes()
     (made / WEIGHTS).write_bytes(whole[:-10])
 
     assert await packs_at(root).directory_of(ONE, source, "bfloat16") == made
     assert (made / WEIGHTS).read_bytes() == whole
+
+
+async def test_form_that_may_not_be_on_the_disk_is_made_again_after_a_restart_and_a_synced_one_is_not(
+    tmp_path: Path,
+) -> None:
+    source, root = adapter_at(tmp_path / "a"), tmp_path / "packed"
+    packs = packs_at(root)
+    made = await packs.directory_of(ONE, source, "bfloat16")
+    assert made is not None
+    await packs.settle()
+    first = (made / WEIGHTS).stat().st_ino
+
+    await packs_at(root).directory_of(ONE, source, "bfloat16")
+    assert (made / WEIGHTS).stat().st_ino == first
+
+    (made / SYNCED).unlink()
+    await packs_at(root).directory_of(ONE, source, "bfloat16")
+    assert (made / WEIGHTS).stat().st_ino != first
 
 
 async def test_least_recently_used_goes_when_the_disk_is_full_and_stays_mapped(tmp_path: Path) -> None:

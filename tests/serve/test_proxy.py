@@ -12,7 +12,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from loradock_serve import comments, metrics, proxy
+from loradock_serve import comments, metrics
 from loradock_serve.engine import Engine
 from loradock_testing.gateway import Served
 from loradock_testing.tiny_checkpoints import write_adapter, write_full_model
@@ -315,7 +315,7 @@ async def test_client_that_leaves_while_its_engine_starts_leaves_nothing(
     may_start = hold_back(monkeypatch)
     asking = asyncio.create_task(shared.complete("base", "held"))
     await until(lambda: metrics.IN_FLIGHT._value.get() == 1, "the request")
-    gone = metrics.REQUESTS.labels("/v1/completions", proxy.CLIENT_GONE)._value
+    gone = metrics.REQUESTS.labels("/v1/completions", metrics.CLIENT_GONE)._value
     before = gone.get()
     asking.cancel()
     await until(lambda: metrics.IN_FLIGHT._value.get() == 0, "its end")

@@ -18,7 +18,8 @@ def ls(server: Server = DEFAULT_SERVER, api_key: ApiKey = None, json: Json = Fal
     rows = [
         [
             model.get("name", ""),
-            model.get("current_version", ""),
+            _version(model),
+            _tags(model),
             model.get("kind", ""),
             model.get("placement", ""),
             model.get("state", ""),
@@ -28,7 +29,20 @@ def ls(server: Server = DEFAULT_SERVER, api_key: ApiKey = None, json: Json = Fal
         ]
         for model in models
     ]
-    console.out_table(["NAME", "VERSION", "KIND", "PLACEMENT", "STATE", "WHERE", "SIZE", "CREATED"], rows)
+    console.out_table(["NAME", "VERSION", "TAGS", "KIND", "PLACEMENT", "STATE", "WHERE", "SIZE", "CREATED"], rows)
+
+
+def _version(model: dict[str, Any]) -> object:
+    """The current version, or the shares of several."""
+    from loradock_adapters import console
+
+    split = model.get("split")
+    return console.split(split) if isinstance(split, dict) else model.get("current_version", "")
+
+
+def _tags(model: dict[str, Any]) -> str:
+    tags = model.get("tags")
+    return " ".join(f"{tag}={number}" for tag, number in tags.items()) if isinstance(tags, dict) else ""
 
 
 def _where(model: dict[str, Any]) -> str:

@@ -1,11 +1,16 @@
 """`loradock push PATH NAME`: publishes a checkpoint directory under a name."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loradock_adapters.commands.options import DEFAULT_SERVER, ApiKey, Json, Server
+
+if TYPE_CHECKING:
+    from loradock_adapters.sending import Progress
 
 
 def push(
@@ -16,28 +21,44 @@ def push(
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
     json: Json = False,
+    force: Annotated[bool, typer.Option("--force", help="Publish it even if it changes nothing.")] = False,
 ) -> None:
     """Publish a checkpoint under a name; it answers within seconds."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
-
     from loradock_adapters import console
     from loradock_adapters.client import Client
 
-    columns = (TextColumn("{task.description:<5}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console.err, transient=True) as bars, Client(server, api_key) as client:
-        tasks: dict[str, TaskID] = {}
-
-        def show(phase: str, done_bytes: int, total_bytes: int) -> None:
-            if phase not in tasks:
-                tasks[phase] = bars.add_task(phase, total=total_bytes)
-            bars.update(tasks[phase], completed=done_bytes, total=total_bytes)
-
-        answer = client.push(path, name, show)
+    try:
+        with _bars() as show, Client(server, api_key) as client:
+            answer = client.push(path, name, show, force=force)
+    except KeyboardInterrupt:
+        console.note("stopped: run the same command again, it goes on where this one ended", "red")
+        raise typer.Exit(130) from None
     if json:
         console.out_json(answer)
     else:
         console.out(f"{answer.get('name')}@{answer.get('version')}  {answer.get('placement')}  {answer.get('digest')}")
     _explain(answer)
+
+
+@contextmanager
+def _bars() -> "Iterator[Progress]":
+    """A bar for each phase, on stderr where that is a terminal, gone at the end."""
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    from loradock_adapters import console
+
+    columns = (TextColumn("{task.description:<7}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bars(*columns, TimeElapsedColumn(), console=console.err, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(phase: str, done_bytes: int, total_bytes: int) -> None:
+            total = total_bytes or None  # None: a bar that only shows that something is done
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done_bytes, total=total)
+
+        yield show
 
 
 def _explain(answer: dict[str, Any]) -> None:
@@ -46,13 +67,28 @@ def _explain(answer: dict[str, Any]) -> None:
     from loradock_adapters.problems import Problem
 
     if not answer.get("created", True):
-        console.note("the same bytes are the current version already: nothing was changed")
-    repairs = answer.get("repairs")
-    for repair in map(Problem.from_json, repairs if isinstance(repairs, list) else []):
-        console.note(f"repaired [{repair.code}] {repair}", "yellow")
-    if answer.get("state") == "unproven":
-        console.note("unproven: no engine has shown yet that it answers as it must; it is asked when it first has it")
+        console.note(_known(answer))
+    elif answer.get("current_version", answer.get("version")) != answer.get("version"):
+        console.note(_beside(answer), "yellow")
     reasons = answer.get("reasons")
     console.note_problems(Problem.from_json(reason) for reason in (reasons if isinstance(reasons, list) else []))
     sent, whole = console.size(answer["sent_bytes"]), console.size(answer["size_bytes"])
     console.note(f"sent {sent} of {whole} in {answer['seconds']:.1f} s", "green")
+
+
+def _known(answer: dict[str, Any]) -> str:
+    """Why nothing was published."""
+    name, number, current = answer.get("name"), answer.get("version"), answer.get("current_version")
+    if current is None or number == current:
+        return "the same bytes are the current version already: nothing was changed"
+    way = f"`loradock promote {name} {number}` points it at these"
+    return (
+        f"the same bytes are version {number} already, and {name} points at version {current}: nothing changed; {way}"
+    )
+
+
+def _beside(answer: dict[str, Any]) -> str:
+    """Why a new version gets no traffic yet."""
+    name, number = answer.get("name"), answer.get("version")
+    way = f"`loradock promote {name} {number}` ends the split and sends all there"
+    return f"the traffic of {name} is split, and version {number} has no share in it; {way}"

@@ -23,6 +23,11 @@ class State:
 
     url: str = ""
     blobs: dict[str, bytes] = field(default_factory=dict)
+    partials: dict[str, bytes] = field(default_factory=dict)
+    published: list[dict[str, Any]] = field(default_factory=list)
+    """The documents of the publications."""
+    put_answers: list[tuple[int, dict[str, str]]] = field(default_factory=list)
+    """Statuses and headers that the next PUTs are answered with, whatever they bring."""
     versions: dict[str, list[str]] = field(default_factory=dict)
     """Name -> digests, the oldest first."""
     current: dict[str, int] = field(default_factory=dict)
@@ -30,6 +35,8 @@ class State:
     """Method and path of each request, as it came."""
     drop: dict[str, int] = field(default_factory=dict)
     """Method -> how many more of its requests are cut off without an answer."""
+    keep_dropped: bool = True
+    """Whether half of what a PUT that is cut off would have brought is there afterwards."""
     pinned: set[str] = field(default_factory=set)
     residency: dict[str, Any] | None = None
     """What every model shows of where it is."""
@@ -71,15 +78,24 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         if self._received():
-            self._send(200 if self._last in self.shared.blobs else 404)
+            held_bytes = len(self.shared.partials.get(self._last, b""))
+            self._send(200 if self._last in self.shared.blobs else 404, headers={"Upload-Offset": str(held_bytes)})
 
     def do_PUT(self) -> None:
         if not self._received():
             return
-        if hashlib.sha256(self._body).hexdigest() != self._last:
+        if self.shared.put_answers:
+            status, headers = self.shared.put_answers.pop(0)
+            self._error(status, "made_up", headers=headers)
+            return
+        held = self.shared.partials.pop(self._last, b"") if "Content-Range" in self.headers else b""
+        if "Content-Range" in self.headers:
+            assert self.headers["Content-Range"].startswith((f"bytes {len(held)}-", "bytes */"))
+        whole = held + self._body
+        if hashlib.sha256(whole).hexdigest() != self._last:
             self._error(400, "digest_mismatch")
             return
-        self.shared.blobs[self._last] = self._body
+        self.shared.blobs[self._last] = whole
         self._send(201, {})
 
     def do_GET(self) -> None:
@@ -123,7 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.shared.current[name] = document["version"]
             self._send(200, self._row(name))
             return
-        self._publish(name, Manifest.from_json(document))
+        self.shared.published.append(document)
+        self._publish(name, Manifest.from_json({"files": document["files"]}))
 
     def _publish(self, name: str, manifest: Manifest) -> None:
         if self.shared.forget_blobs_once:
@@ -170,7 +187,11 @@ class _Handler(BaseHTTPRequestHandler):
             if self.shared.drop.get(self.command, 0) > 0:
                 self.shared.drop[self.command] -= 1
                 self.close_connection = True
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.command == "PUT" and self.shared.keep_dropped:
+                    half = self.rfile.read(int(self.headers.get("Content-Length", 0)) // 2)
+                    name = self.path.rpartition("/")[2]
+                    held = self.shared.partials.get(name, b"") if "Content-Range" in self.headers else b""
+                    self.shared.partials[name] = held + half
                 return False
         self._last = self.path.rpartition("/")[2]
         self._body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -179,13 +200,16 @@ class _Handler(BaseHTTPRequestHandler):
             return False
         return True
 
-    def _error(self, status: int, code: str, **more: Any) -> None:
-        self._send(status, {"error": {"message": f"no: {code}", "type": "x", "param": None, "code": code, **more}})
+    def _error(self, status: int, code: str, *, headers: dict[str, str] | None = None, **more: Any) -> None:
+        error = {"message": f"no: {code}", "type": "x", "param": None, "code": code, **more}
+        self._send(status, {"error": error}, headers)
 
-    def _send(self, status: int, document: Any = None) -> None:
+    def _send(self, status: int, document: Any = None, headers: dict[str, str] | None = None) -> None:
         body = document if isinstance(document, bytes) else b"" if document is None else json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
