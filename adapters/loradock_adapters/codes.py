@@ -19,7 +19,7 @@ class Code:
     """One kind of finding."""
 
     outcome: str
-    """`refused`, `dedicated` or `remark`."""
+    """`refused`, `dedicated`, `remark` or `repaired`."""
     meaning: str
     fix: str
     """What the publisher can do about it; empty only where there is nothing to do."""

@@ -107,7 +107,11 @@ def _set(value: Any) -> bool:
 
 
 def _changes_base(value: Any) -> bool:
-    return isinstance(value, str) and value.lower() not in PLAIN_INITS
+    return isinstance(value, str) and value.lower() not in PLAIN_INITS and not _is_loftq(value)
+
+
+def _is_loftq(value: Any) -> bool:
+    return isinstance(value, str) and value.lower() == "loftq"
 
 
 FEATURES: tuple[Feature, ...] = (
@@ -142,9 +146,19 @@ FEATURES: tuple[Feature, ...] = (
         _changes_base,
         "rejected",
         "init_changes_base",
-        "PiSSA, OLoRA, CorDA, LoftQ and their like train against a modified base; without the initial adapter nobody "
-        "can tell what was changed",
-        "convert to a plain LoRA: model.save_pretrained(path, path_initial_model_for_weight_conversion=INITIAL)",
+        "PiSSA, OLoRA, CorDA and their like train against a modified base; without the initial adapter nobody can tell "
+        "what was changed",
+        "publish the adapter as it was before training beside it, as the folder initial_adapter (adapter_config.json, "
+        "adapter_model.safetensors): it is then converted; or convert it yourself: "
+        "model.save_pretrained(path, path_initial_model_for_weight_conversion=INITIAL)",
+    ),
+    Feature(
+        "init_lora_weights",
+        _is_loftq,
+        "rejected",
+        "loftq",
+        "LoftQ trains against a quantised base, which is not the one that is served, and no initial adapter undoes it",
+        "merge it into its own base, dequantised, and publish the full weights",
     ),
     Feature(
         "alora_invocation_tokens",

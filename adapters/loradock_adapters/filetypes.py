@@ -18,6 +18,9 @@ _PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*(/[A-Za-z0-9_][A-Za-z0-9._+-]*)
 _KEPT_SUFFIXES = (".safetensors", ".json", ".txt", ".jinja", ".model", ".tiktoken")
 _KEPT_NAMES = frozenset({"README.md", "LICENSE", "NOTICE"})
 _KEPT_FOLDERS = frozenset({"additional_chat_templates"})
+INITIAL_FOLDERS = ("initial_adapter", "pissa_init", "olora_init", "corda_init", "lora_ga_init")
+"""Folders that may hold an adapter as it was before training, which some initialisations need to be undone."""
+_INITIAL_FILES = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 _TRAINING_STATE = re.compile(
     r"training_args\.bin|(optimizer|scheduler|scaler|sampler)(_\d+)?\.(pt|bin)|rng_state(_\d+)?\.pth|trainer_state\.json"
 )
@@ -34,9 +37,16 @@ def role_of(path: str) -> Role:
         return "pickle"
     if name.endswith(_FOREIGN_SUFFIXES):
         return "foreign"
+    if folder in INITIAL_FOLDERS:
+        return "kept" if name in _INITIAL_FILES else "skipped"
     if folder and folder not in _KEPT_FOLDERS:
         return "skipped"
     return "kept" if name in _KEPT_NAMES or name.endswith(_KEPT_SUFFIXES) else "skipped"
+
+
+def is_kept_folder(name: str) -> bool:
+    """Whether a folder may hold files of a checkpoint."""
+    return name in _KEPT_FOLDERS or name in INITIAL_FOLDERS
 
 
 def is_safe_path(path: str) -> bool:

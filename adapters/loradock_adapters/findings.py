@@ -22,6 +22,11 @@ class Findings:
         found = [*_grouped(self.refusals), *_grouped(self.detours), *_grouped(self.remarks)]
         return tuple(found[:_MAX_REASONS])
 
+    def add(self, others: "Findings") -> None:
+        self.refusals.extend(others.refusals)
+        self.detours.extend(others.detours)
+        self.remarks.extend(others.remarks)
+
     def refuse(self, code: str, message: str, where: str = "", fix: str = "") -> None:
         self.refusals.append(Problem(code, message, where, fix))
 

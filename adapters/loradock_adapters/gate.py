@@ -45,15 +45,21 @@ class Verdict:
 
 
 def judge(
-    checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLimits, *, check_values: bool | None = None
+    checkpoint: Checkpoint,
+    base: BaseModel | None,
+    limits: EngineLimits,
+    *,
+    check_values: bool | None = None,
+    found: Findings | None = None,
 ) -> Verdict:
     """The verdict on a checkpoint.
 
     Without a base (an offline inspection) what hangs on it is left open, and said so. `check_values` reads the tensors'
-    values as well: by default where numpy is there, as on the server.
+    values as well: by default where numpy is there, as on the server. `found` is what a repair has to say of it.
     """
-    findings = Findings()
-    findings.refusals.extend(checkpoint.problems)
+    findings = Findings(list(checkpoint.problems))
+    if found is not None:
+        findings.add(found)
     if checkpoint.kind == "lora":
         rank = judge_lora(checkpoint, base, limits, findings)
     else:

@@ -22,7 +22,11 @@ def judge_full(checkpoint: Checkpoint, findings: Findings) -> None:
             "tokenizer.json",
             "save the tokenizer beside the weights: tokenizer.save_pretrained(path)",
         )
-    findings.detour("full_weights", "complete weights are served by an engine of their own")
+    findings.detour(
+        "full_weights",
+        "complete weights are served by an engine of their own",
+        fix="to share the base's engine: `loradock extract` makes an adapter where the change is of low rank",
+    )
 
 
 def _judge_architecture(config: Mapping[str, object], findings: Findings) -> None:

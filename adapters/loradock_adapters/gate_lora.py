@@ -21,6 +21,7 @@ from loradock_adapters.engine_rules import (
     architecture_rules,
     ladder_rank,
 )
+from loradock_adapters.filetypes import INITIAL_FOLDERS
 from loradock_adapters.findings import Findings
 from loradock_adapters.lora_keys import LoraKey, Part, RankPatterns, is_literal, is_safe_pattern, parse_key, suffixes
 from loradock_adapters.safetensors_header import TensorInfo
@@ -103,7 +104,10 @@ def _judge_patterns(setting: str, patterns: object, number: Any, findings: Findi
 
 
 def _judge_files(checkpoint: Checkpoint, findings: Findings) -> None:
-    others = sorted(n for n in checkpoint.file_names if n.endswith(".safetensors") and n != ADAPTER_WEIGHTS)
+    names = {
+        n for n in checkpoint.file_names if n.endswith(".safetensors") and n.partition("/")[0] not in INITIAL_FOLDERS
+    }
+    others = sorted(names - {ADAPTER_WEIGHTS})
     findings.refuse_all(
         "two_checkpoints",
         "weights beside those of the adapter, which would not be served",
@@ -257,9 +261,19 @@ def _judge_against_base(
     for pair in pairs:
         if pair.module in base.modules:
             _judge_shape(pair, base, findings)
-    for key in keys:
-        if key.part in ("full", "base_layer") and key.module in base.modules:
-            _judge_full_shape(key, checkpoint.tensors[key.tensor], base, findings)
+    whole = {
+        key: checkpoint.tensors[key.tensor]
+        for key in keys
+        if key.part in ("full", "base_layer") and key.module in base.modules
+    }
+    grown = _grown_vocabulary(whole, base)
+    if grown is not None:
+        message = f"a vocabulary of {grown}, the base's is {base.vocab_size}: embedding and output matrix are replaced"
+        fix = "publish the tokenizer with its new tokens beside the adapter"
+        findings.detour("vocab_resized", message, ADAPTER_WEIGHTS, fix)
+    for key, tensor in whole.items():
+        if not (grown is not None and is_embedding(key.module) and tensor.shape[:1] == (grown,)):
+            _judge_full_shape(key, tensor, base, findings)
     _judge_embeddings(pairs, base, findings)
     if base.multimodal:
         outside = [pair.module for pair in pairs if not TOWER_PARTS.isdisjoint(pair.module.split("."))]
@@ -286,6 +300,23 @@ def _judge_shape(pair: _Pair, base: BaseModel, findings: Findings) -> None:
     if pair.b.shape[0] != out_features:
         message = f"B gives {pair.b.shape[0]} outputs, the base's module {out_features}"
         findings.refuse("shape_mismatch", message, pair.module)
+
+
+def _grown_vocabulary(whole: Mapping[LoraKey, TensorInfo], base: BaseModel) -> int | None:
+    """The new vocabulary where both matrices over it were retrained whole, at one size that is not the base's."""
+    sizes = set()
+    outputs = 0
+    for key, tensor in whole.items():
+        if key.part == "full" and is_embedding(key.module) and len(tensor.shape) == 2:
+            if tensor.shape[1] != base.modules[key.module][1]:
+                return None
+            sizes.add(tensor.shape[0])
+            outputs += key.module.endswith("lm_head")
+    return sizes.pop() if len(sizes) == 1 and outputs == 1 and sizes != {base.vocab_size} and _both(whole) else None
+
+
+def _both(whole: Mapping[LoraKey, TensorInfo]) -> bool:
+    return sum(key.part == "full" and is_embedding(key.module) for key in whole) == 2
 
 
 def _judge_full_shape(key: LoraKey, tensor: TensorInfo, base: BaseModel, findings: Findings) -> None:

@@ -38,6 +38,7 @@ _SUFFIXES: tuple[tuple[str, Part], ...] = (
     (".token_adapter.trainable_tokens_delta", "trained_tokens"),
     (".trainable_tokens_delta", "trained_tokens"),
     (".base_layer.weight", "base_layer"),
+    (".base_layer.bias", "bias"),
 )
 
 
@@ -83,28 +84,38 @@ def is_safe_pattern(pattern: str) -> bool:
     return True
 
 
-class RankPatterns:
-    """The ranks that PEFT and the engine take for modules: that of the first matching pattern, else the general one.
+class Numbers:
+    """The numbers that PEFT and the engine take for modules: that of the first matching pattern, else the general one.
 
     Only for patterns that `is_safe_pattern`. An adapter may have a pattern for every module (EVA does), so those
     without wildcards are looked up and not searched.
     """
 
-    def __init__(self, rank: int, patterns: Mapping[str, int]) -> None:
-        self._rank = rank
-        self.largest = max([rank, *patterns.values()])
-        self._literal: dict[str, tuple[int, int]] = {}
-        self._wild: list[tuple[int, re.Pattern[str], int]] = []
-        for order, (pattern, patterned_rank) in enumerate(patterns.items()):
+    def __init__(self, general: float, patterns: Mapping[str, float]) -> None:
+        self._general = general
+        self._literal: dict[str, tuple[int, float]] = {}
+        self._wild: list[tuple[int, re.Pattern[str], float]] = []
+        for order, (pattern, number) in enumerate(patterns.items()):
             if is_literal(pattern):
-                self._literal[pattern] = (order, patterned_rank)
+                self._literal[pattern] = (order, number)
             else:
-                self._wild.append((order, re.compile(rf"(.*\.)?({pattern})$"), patterned_rank))
+                self._wild.append((order, re.compile(rf"(.*\.)?({pattern})$"), number))
+
+    def of(self, module: str) -> float:
+        hits = [self._literal[suffix] for suffix in suffixes(module) if suffix in self._literal]
+        hits += [(order, number) for order, pattern, number in self._wild if pattern.match(module)]
+        return min(hits)[1] if hits else self._general
+
+
+class RankPatterns:
+    """The ranks of modules, by `rank_pattern` and `r`."""
+
+    def __init__(self, rank: int, patterns: Mapping[str, int]) -> None:
+        self.largest = max([rank, *patterns.values()])
+        self._ranks = Numbers(rank, patterns)
 
     def rank_of(self, module: str) -> int:
-        hits = [self._literal[suffix] for suffix in suffixes(module) if suffix in self._literal]
-        hits += [(order, rank) for order, pattern, rank in self._wild if pattern.match(module)]
-        return min(hits)[1] if hits else self._rank
+        return int(self._ranks.of(module))
 
 
 def is_literal(pattern: str) -> bool:

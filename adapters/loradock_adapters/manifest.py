@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from loradock_adapters.errors import ManifestError, NotFoundError
-from loradock_adapters.filetypes import foreign_refused, is_safe_path, pickle_refused, role_of, safetensors_twin
+from loradock_adapters.filetypes import (
+    foreign_refused,
+    is_kept_folder,
+    is_safe_path,
+    pickle_refused,
+    role_of,
+    safetensors_twin,
+)
 from loradock_adapters.problems import Problem
 
 MAX_FILES = 1000
@@ -147,7 +154,7 @@ def _candidates(directory: Path, skipped: list[str], problems: list[Problem]) ->
             _note_link(entry.name, skipped, problems)
         elif entry.is_file():
             yield entry.name
-        elif entry.is_dir() and role_of(f"{entry.name}/any.jinja") == "kept":
+        elif entry.is_dir() and is_kept_folder(entry.name):
             for inner in sorted(entry.iterdir()):
                 relative = f"{entry.name}/{inner.name}"
                 if inner.is_symlink():

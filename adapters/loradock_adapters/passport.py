@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loradock_adapters.errors import CheckpointError, NotFoundError
 from loradock_adapters.manifest import hash_file
+from loradock_adapters.probe import Probe
 from loradock_adapters.problems import Problem
 
 PASSPORT_NAME = "loradock.json"
@@ -42,6 +43,12 @@ class Passport(_Part):
     base: PassportBase
     tokenizer_sha256: str | None = Sha256
     """sha256 of tokenizer.json."""
+    vocabulary_sha256: str | None = Sha256
+    """`Vocabulary.sha256` of it: equal where two tokenizer.json give every token the same id."""
+    special_tokens: dict[str, int] = Field(default_factory=dict)
+    """Text of each special token -> its id."""
+    chat_template_sha256: str | None = Sha256
+    """sha256 of `chat_template` in UTF-8."""
     chat_template: str | None = None
     """The template that chats are to be rendered with; null: that of the base."""
     stop_token_ids: tuple[int, ...] = Field(default=(), strict=False)
@@ -56,7 +63,9 @@ class Passport(_Part):
     versions: dict[str, str] = Field(default_factory=dict)
     """Package -> version that trained it."""
     created_at: datetime | None = Field(default=None, strict=False)
-    probe: dict[str, Any] | None = None
+    license: str | None = Field(default=None, max_length=200)
+    """SPDX id or name of the terms under which it may be used."""
+    probe: Probe | None = None
     """Prompts with the trainer's own logits, for the server to compare with."""
 
 

@@ -113,6 +113,12 @@ class LocalStore:
                 _rename_directory(partial, target)
         return target
 
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """An empty directory on the store's own disk, which is gone in the end, also after a kill."""
+        with self._partial_directory() as directory:
+            yield directory
+
     def discard_version(self, digest: str) -> None:
         """Removes a version's directory. Its blobs stay. Only for versions that no engine may read."""
         target = self.version_dir(digest)

@@ -10,6 +10,7 @@ from collections import Counter
 from loradock_adapters.registry import Registry
 from loradock_serve import metrics
 from loradock_serve.catalog import Catalog
+from loradock_serve.proof import STATES, proof_state
 from loradock_serve.residency import PLACES, Look, Residency
 
 
@@ -41,6 +42,10 @@ class AdapterGauges:
         generation = self._registry.generation()
         if generation != self._generation:
             current = map(self._catalog.fit, self._registry.models())
-            self._digests = [version.digest for version in current if version.placement == "shared"]
+            versions = list(current)
+            self._digests = [version.digest for version in versions if version.placement == "shared"]
+            states = Counter(proof_state(version.proof) for version in versions)
+            for state in STATES:
+                metrics.PROOF_STATES.labels(state).set(states[state])
             self._generation = generation
         return Counter(self._residency.place(look, digest) for digest in self._digests)

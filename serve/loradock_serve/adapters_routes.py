@@ -16,6 +16,7 @@ from loradock_serve.auth import publisher_of
 from loradock_serve.catalog import Catalog, reasons_json, split_json
 from loradock_serve.json_body import json_object
 from loradock_serve.pins import Pins
+from loradock_serve.proof import proof_state
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Look
 from loradock_serve.states import States
@@ -80,7 +81,8 @@ def summary(version: Version, state: str) -> dict[str, Any]:
         "placement": version.placement,
         "size_bytes": version.size_bytes,
         "created_at": version.created_at.isoformat(),
-        "state": state,
+        "state": "failed" if proof_state(version.proof) == "failed" else state,
+        "proven": proof_state(version.proof),
     }
 
 
@@ -94,8 +96,10 @@ def details(current: Version, state: str) -> dict[str, Any]:
     return summary(current, state) | {
         "rank": current.rank,
         "reasons": reasons_json(current.reasons),
+        "repairs": reasons_json(current.repairs),
         "stop_token_ids": list(current.stop_token_ids),
         "own_chat_template": current.chat_template is not None,
+        "proof": current.proof or {"state": proof_state(None)},
     }
 
 
@@ -112,6 +116,7 @@ def _past(version: Version, tags: Mapping[str, int], split: Mapping[int, int]) -
         "current": version.current,
         "tags": [tag for tag, number in tags.items() if number == version.number],
         "share": round(weight / sum(split.values()), 6) if split else float(version.current),
+        "proven": proof_state(version.proof),
         "proof": version.proof,
         "repairs": reasons_json(version.repairs),
         "source": version.source,

@@ -49,6 +49,7 @@ from loradock_serve.plan import make_plan
 from loradock_serve.plan_routes import plan_router
 from loradock_serve.pointers import Pointers
 from loradock_serve.pointers_routes import pointers_router
+from loradock_serve.prover import Prover
 from loradock_serve.proxy import OpenAIProxy
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Residency
@@ -112,10 +113,22 @@ def _join(
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
     told = config.uploads
     uploads = Uploads(store, UploadLimits(told.max_unpublished_bytes, told.max_unpublished_files, told.keep_s))
-    publisher = Publisher(
-        store, uploads, registry, catalog, fleet, base.facts, limits, base.identity, WeightsHash(base.model)
-    )
     turnstiles = Turnstiles(config.admission)
+    prover = Prover(fleet, turnstiles, registry, store, base.facts.vocab_size)
+    fleet.on_use = prover.at_first_use
+    publisher = Publisher(
+        store,
+        uploads,
+        registry,
+        catalog,
+        fleet,
+        base.facts,
+        limits,
+        base.identity,
+        prover,
+        WeightsHash(base.model),
+        base.model,
+    )
     care = _Care(
         Residency(fleet, store.has_version),
         Pins(registry, catalog, fleet, lambda: _slots(fleet, lora), turnstiles.of(fleet.base)),

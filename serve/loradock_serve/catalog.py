@@ -16,7 +16,8 @@ from loradock_adapters.errors import InvalidNameError, NotFoundError
 from loradock_adapters.names import parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, ModelNotFoundError, UnfitError
+from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailedError, UnfitError
+from loradock_serve.proof import Proof
 from loradock_serve.rewrite import Behaviour
 from loradock_serve.shares import pick
 
@@ -188,9 +189,12 @@ class Catalog:
 
 
 def refuse_unfit(version: Version | None) -> None:
-    """UnfitError where this server cannot serve the version."""
+    """UnfitError where this server cannot serve the version, ProofFailedError where it does not answer as it must."""
     if version is not None and version.placement == "rejected":
         raise UnfitError(f"{version.name!r} version {version.number}", version.reasons[0])
+    proof = Proof.from_json(version.proof) if version is not None else None
+    if version is not None and proof is not None and proof.state == "failed" and proof.reason is not None:
+        raise ProofFailedError(f"{version.name!r} version {version.number}", proof.reason)
 
 
 def version_card(version: Version, name: str, state: str) -> dict[str, Any]:

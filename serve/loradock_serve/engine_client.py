@@ -6,7 +6,7 @@ public names.
 
 import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -118,20 +118,34 @@ class EngineClient:
         """Have the engine let a pinned adapter leave its slot when another needs it."""
         await self._adapter_call("unpin", {"name": name})
 
+    async def probe(self, name: str | None, prompts: Sequence[Sequence[int]]) -> list[list[tuple[int, float | None]]]:
+        """The likeliest next tokens of each prompt with their log-probabilities, by an adapter or (None) by the base.
+
+        EngineRefusedError where the engine cannot say: no such route, another sort of model, a prompt that is too long.
+        """
+        document = {"prompts": [list(prompt) for prompt in prompts]} | ({"name": name} if name is not None else {})
+        text = await self._asked("/loradock/probe", document, "answer probe prompts")
+        try:
+            return [[(int(token), value) for token, value in answer] for answer in json.loads(text)["answers"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise EngineError(f"the engine's answer to probe prompts cannot be read: {error!r}") from error
+
     async def _adapter_call(self, verb: str, body: Mapping[str, str]) -> None:
-        path, sent = f"/loradock/adapters/{verb}", json.dumps(dict(body)).encode()
+        await self._asked(f"/loradock/adapters/{verb}", body, f"{verb} an adapter")
+
+    async def _asked(self, path: str, body: Mapping[str, Any], what: str) -> str:
+        sent = json.dumps(dict(body)).encode()
         try:
             async with asyncio.timeout(LOAD_TIMEOUT_S), self.post(path, sent, JSON_BODY) as answer:
                 text = (await answer.read()).decode(errors="replace")
                 status = answer.status
         except (EngineGoneError, TimeoutError) as error:
-            raise EngineUnavailableError(
-                f"the engine went away while it was to {verb} an adapter: {error!r}"
-            ) from error
+            raise EngineUnavailableError(f"the engine went away while it was to {what}: {error!r}") from error
         if status >= 500:
-            raise EngineUnavailableError(f"the engine failed to {verb} an adapter: {_message(text)}")
+            raise EngineUnavailableError(f"the engine failed to {what}: {_message(text)}")
         if status >= 400:
-            raise EngineRefusedError(f"The engine refuses to {verb} the adapter: {_message(text)}")
+            raise EngineRefusedError(f"The engine refuses to {what}: {_message(text)}")
+        return text
 
 
 def _message(text: str) -> str:

@@ -10,6 +10,7 @@ LoradockError
     ├── ModelNotFoundError        no such model; carries near names
     ├── ConflictError             the request contradicts what is stored, or how this server is set up
     │   ├── UnfitError            a version that was published for another base
+    │   ├── ProofFailedError      a version that does not answer as its checkpoint says it must
     │   └── PinLimitError         all slots but one are pinned already
     ├── LengthRequiredError       an upload that does not say how long it is
     ├── TooLargeError             a body is over its limit
@@ -93,6 +94,16 @@ class UnfitError(ConflictError):
 
     def __init__(self, what: str, reason: Problem) -> None:
         super().__init__(f"{what} does not fit this server: {reason}; {reason.fix}")
+        self.problems = (reason,)
+
+
+class ProofFailedError(ConflictError):
+    """The engine's answers show that this is not what was trained, so it answers no requests."""
+
+    code = "proof_failed"
+
+    def __init__(self, what: str, reason: Problem) -> None:
+        super().__init__(f"{what} is not served, because its proof failed: {reason}; {reason.fix}")
         self.problems = (reason,)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from loradock_serve.config import DedicatedConfig, EngineConfig
 from loradock_serve.engine import AttachedEngine, Engine, EngineStart
 from loradock_serve.engine_client import EngineClient
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, EngineRefusedError, EngineUnavailableError
+from loradock_serve.errors import ConflictError, EngineRefusedError, EngineUnavailableError, ProofFailedError
 from loradock_serve.ledger import Ledger
 from loradock_serve.loader import AdapterLoader, Packs
 
@@ -39,6 +39,10 @@ class Target:
     """What the engine calls the model: a digest, or `base`."""
     engine: Engine | AttachedEngine
     start_number: int
+
+
+async def _nothing(_version: Version, _target: Target) -> None:
+    """Nobody wants to know."""
 
 
 class Weights(Protocol):
@@ -91,6 +95,9 @@ class Fleet:
         self._shared_in_use: Counter[str] = Counter()
         self._forgotten: set[str] = set()
         self._unloads: set[asyncio.Task[None]] = set()
+        self.on_use: Callable[[Version, Target], Awaitable[None]] = _nothing
+        """Called with a version and the engine that has it, before any request goes there; what it raises, its request
+        is answered."""
 
     def start(self) -> None:
         """Start the base's engine, and looking after idle ones."""
@@ -132,7 +139,9 @@ class Fleet:
         self.ledger.requested(digest, version.name, len(self._shared_in_use), hit=hit)
         try:
             start = await self._with_adapter(version, hold_s)
-            yield Target(start.client, digest, self.base, start.number)
+            target = Target(start.client, digest, self.base, start.number)
+            await self.on_use(version, target)
+            yield target
         finally:
             self._shared_in_use[digest] -= 1
             if not self._shared_in_use[digest]:
@@ -202,7 +211,13 @@ class Fleet:
         entry = await self._enter(version, directory, deadline)
         try:
             start = await entry.engine.ensure_ready(max(0.0, deadline - time.monotonic()))
-            yield Target(start.client, version.digest, entry.engine, start.number)
+            target = Target(start.client, version.digest, entry.engine, start.number)
+            try:
+                await self.on_use(version, target)
+            except ProofFailedError:
+                entry.forgotten = True  # nobody will use it: it leaves with the last of those that wait for it
+                raise
+            yield target
         finally:
             entry.in_use -= 1
             entry.last_used_s = time.monotonic()

@@ -92,7 +92,7 @@ def error_object(error: LoradockError) -> dict[str, Any]:
         "code": error.code,
         "source": "gateway",
     }
-    if isinstance(error, adapters.RefusedError | serve.UnfitError):
+    if isinstance(error, adapters.RefusedError | serve.UnfitError | serve.ProofFailedError):
         body["problems"] = [problem.to_json() for problem in error.problems]
     if isinstance(error, adapters.MissingBlobsError):
         body["missing"] = list(error.missing)

@@ -86,6 +86,15 @@ ADAPTER_EVICTIONS = Counter(
 )
 UPLOADED_BYTES = Counter("loradock_uploaded_bytes_total", "Bytes stored from uploads.", registry=REGISTRY)
 PUBLISHES = Counter("loradock_publishes_total", "Uploads published or refused.", ["verdict"], registry=REGISTRY)
+PROOFS = Counter(
+    "loradock_proofs_total",
+    "Versions that an engine was to prove: proven, unproven, failed, or refused before they were published.",
+    ["outcome"],
+    registry=REGISTRY,
+)
+PROOF_STATES = Gauge(
+    "loradock_versions_proof", "Current versions, by what an engine has shown about them.", ["state"], registry=REGISTRY
+)
 ENGINE_UP = Gauge("loradock_engine_up", "1 while the base's engine is ready.", registry=REGISTRY)
 ENGINE_STARTS = Gauge(
     "loradock_engine_starts", "Starts of the base's engine since the gateway's own.", registry=REGISTRY

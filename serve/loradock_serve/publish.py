@@ -16,6 +16,7 @@ from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import Checkpoint, read_checkpoint
 from loradock_adapters.engine_rules import EngineLimits
 from loradock_adapters.errors import DigestMismatchError, RefusedError
+from loradock_adapters.findings import Findings
 from loradock_adapters.gate import Verdict, judge
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.names import check_name
@@ -28,6 +29,9 @@ from loradock_serve.catalog import Catalog, reasons_json, split_json
 from loradock_serve.errors import BadRequestError, EngineRefusedError, EngineUnavailableError
 from loradock_serve.fleet import Fleet
 from loradock_serve.metrics import PUBLISHES
+from loradock_serve.proof import Proof, unproven
+from loradock_serve.prover import Prover
+from loradock_serve.repairs import Mended, mend
 from loradock_serve.turns import Turns
 
 log = logging.getLogger("loradock.publish")
@@ -38,8 +42,8 @@ class Published:
     """What became of a publish."""
 
     version: Version
-    proven: bool
-    """Whether an engine has loaded it."""
+    proof: Proof
+    """What an engine has shown about it."""
     current_number: int
     """The version that the name points at: another one where these bytes were there already, or traffic is split."""
     split: Mapping[int, int]
@@ -55,10 +59,12 @@ class Published:
             "kind": version.kind,
             "placement": version.placement,
             "reasons": reasons_json(version.reasons),
+            "repairs": reasons_json(version.repairs),
             "created": version.created,
             "current_version": self.current_number,
             "split": split_json(self.split),
-            "state": "ready" if self.proven else "unproven",
+            "state": "ready" if self.proof.state == "proven" else "unproven",
+            "proof": self.proof.to_json(),
         }
 
 
@@ -95,7 +101,9 @@ class Publisher:
         base: BaseModel,
         limits: EngineLimits,
         identity: BaseIdentity,
+        prover: Prover,
         weights_hash: Callable[[], str | None] = lambda: None,
+        model: str | None = None,
     ) -> None:
         self._store = store
         self._uploads = uploads
@@ -105,7 +113,9 @@ class Publisher:
         self._base = base
         self._limits = limits
         self._identity = identity
+        self._prover = prover
         self._weights_hash = weights_hash
+        self._model = model
         self.turns = Turns()
         """One change of a name at a time: for whoever moves names besides publishing."""
 
@@ -134,15 +144,18 @@ class Publisher:
         version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
-            checkpoint, verdict = await asyncio.to_thread(self._judge, directory)
-            proven = await self._prove(manifest.digest, directory, verdict)
-            details = Details.of(checkpoint)
-            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
+            parts = (self._store, manifest, directory, self._base, self._model, self._judge)
+            mended = await asyncio.to_thread(mend, *parts)
+            if mended.manifest.digest == manifest.digest:
+                version, proof = await self._publish_mended(name, mended, options)
+            else:  # a repaired upload needs no repair, so nobody who holds its turn waits for another's
+                async with self.turns.of(mended.manifest.digest):
+                    version, proof = await self._publish_mended(name, mended, options)
         except RefusedError:
             PUBLISHES.labels("rejected").inc()
             raise
         finally:
-            if version is None:
+            if version is None or version.digest != manifest.digest:
                 await self._forget_unless_used(manifest.digest)
         self._catalog.changed()
         PUBLISHES.labels(version.placement).inc()
@@ -150,39 +163,59 @@ class Publisher:
             log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)
         route = await asyncio.to_thread(self._registry.route, name)
         weights = {share.number: weight for share, weight in route.shares}
-        return Published(version, proven, route.current.number, weights)
+        return Published(version, proof, route.current.number, weights)
+
+    async def _publish_mended(self, name: str, mended: Mended, options: Options) -> tuple[Version, Proof]:
+        """What is left of a publish once nothing more is changed about its files."""
+        manifest = mended.manifest
+        version: Version | None = None
+        directory = await asyncio.to_thread(self._store.materialise, manifest)
+        try:
+            checkpoint, verdict = await asyncio.to_thread(self._judge, directory, mended.findings)
+            proof = await self._prove(manifest.digest, checkpoint, verdict, options)
+            details = replace(Details.of(checkpoint), repairs=mended.repairs, proof=proof.to_json())
+            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
+            return version, proof
+        finally:
+            if version is None:
+                await self._forget_unless_used(manifest.digest)
 
     async def _forget_unless_used(self, digest: str) -> None:
         if digest not in await asyncio.to_thread(self._registry.digests):
             await self._fleet.forget(digest)
             await asyncio.to_thread(self._store.discard_version, digest)
 
-    def _judge(self, directory: Path) -> tuple[Checkpoint, Verdict]:
+    def _judge(self, directory: Path, found: Findings) -> tuple[Checkpoint, Verdict]:
         checkpoint = read_checkpoint(directory)
         base = self._base
         if checkpoint.passport is not None and checkpoint.passport.base.weights_sha256 is not None:
             base = replace(base, weights_sha256=self._weights_hash())
-        verdict = judge(checkpoint, base, self._limits)
+        verdict = judge(checkpoint, base, self._limits, found=found)
         if verdict.placement == "rejected":
             raise RefusedError(verdict.reasons)
         return checkpoint, verdict
 
-    async def _prove(self, digest: str, directory: Path, verdict: Verdict) -> bool:
-        """Have the base's engine load a shared adapter before anyone can name it.
+    async def _prove(self, digest: str, checkpoint: Checkpoint, verdict: Verdict, options: Options) -> Proof:
+        """Have the base's engine load a shared adapter, and answer with it, before anyone can name it.
 
         An engine that is down proves nothing and hinders nothing: the version is then `unproven` until its first
         request.
         """
         start = self._fleet.base.current
         if verdict.placement != "shared" or start is None:
-            return False
+            return unproven("its engine has not run yet")
         self._fleet.refuse_without_plugin(start)
         try:
-            await self._fleet.load(start, digest, directory)
+            await self._fleet.load(start, digest, checkpoint.directory)
         except EngineRefusedError as error:
             fix = "the gate let pass what the engine cannot load: please report this adapter's config and tensor names"
             raise RefusedError([Problem("engine_refused", str(error), "", fix)]) from error
         except EngineUnavailableError as error:
             log.warning("%s is published unproven: %s", digest, error)
-            return False
-        return True
+            return unproven(str(error))
+        passport = checkpoint.passport
+        probe = passport.probe if passport is not None else None
+        proof = await self._prover.before_publishing(start, digest, checkpoint.directory, probe, force=options.force)
+        if proof.state == "failed" and proof.reason is not None:
+            raise RefusedError([proof.reason, *verdict.reasons])
+        return proof

@@ -33,7 +33,7 @@ class Behaviour:
     chat_template: str | None = None
     """Its own chat template; None means the engine's."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end its answers, where the request names none."""
+    """Tokens that end its answers, beside those that a request names."""
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,18 @@ def outgoing(
             param="model",
             code="chat_template_unsupported",
         )
-    if path == CHAT and behaviour.chat_template is not None:
+    if (path == CHAT or (path == EMBEDDINGS and "messages" in payload)) and behaviour.chat_template is not None:
         sent["chat_template"] = behaviour.chat_template
-    if path in (CHAT, COMPLETIONS) and behaviour.stop_token_ids and payload.get("stop_token_ids") is None:
-        sent["stop_token_ids"] = list(behaviour.stop_token_ids)
+    if path != EMBEDDINGS and behaviour.stop_token_ids and payload.get("ignore_eos") is not True:
+        sent["stop_token_ids"] = _stop_tokens(behaviour.stop_token_ids, payload.get("stop_token_ids"))
     return Outgoing(written(body, payload, sent), streams, hide_usage, engine_name, public_name)
+
+
+def _stop_tokens(own: tuple[int, ...], asked: Any) -> Any:
+    """The adapter's, and those of the request beside them; what is no list stays for the engine to refuse."""
+    if asked is None:
+        return list(own)
+    return [*own, *(token for token in asked if token not in own)] if isinstance(asked, list) else asked
 
 
 def _refuse_chat_template(payload: Mapping[str, Any]) -> None:

@@ -71,6 +71,9 @@ class StoredWeights:
             tail = output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace")
             summary = f"{version.name!r} cannot be merged into the base: status {explain_status(status)}"
             raise EngineStartError(f"{summary}:\n{tail}", summary=summary)
+        log.info(
+            "%s: %s", version.name, output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace").strip().replace("\n", "; ")
+        )
         if target.is_dir():  # another gateway on this data_dir was quicker
             shutil.rmtree(partial, ignore_errors=True)
         else:

@@ -95,7 +95,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "init_changes_base"),
     "olora": ({"init_lora_weights": "olora"}, "init_changes_base"),
     "corda": ({"init_lora_weights": "corda"}, "init_changes_base"),
-    "loftq": ({"init_lora_weights": "loftq"}, "init_changes_base"),
+    "loftq": ({"init_lora_weights": "loftq"}, "loftq"),
     "layer_replication": ({"layer_replication": [[0, 1]]}, "layer_replication"),
     "bdlora": ({"use_bdlora": {"nblocks": 2}}, "bdlora"),
     "qalora": ({"use_qalora": True}, "qalora"),

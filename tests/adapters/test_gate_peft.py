@@ -153,16 +153,20 @@ def test_adapter_of_a_larger_base_is_rejected(tmp_path: Path, base: BaseModel) -
     assert set(codes(verdict)) == {"module_not_in_base", "shape_mismatch"}
 
 
-def test_resized_vocabulary_is_rejected_with_the_way_out(tmp_path: Path, base_dir: Path, base: BaseModel) -> None:
+@pytest.mark.parametrize(
+    ("modules", "placement", "code"),
+    [(["embed_tokens", "lm_head"], "dedicated", "vocab_resized"), (["lm_head"], "rejected", "vocab_mismatch")],
+)
+def test_resized_vocabulary_is_dedicated_where_both_matrices_came_along(
+    tmp_path: Path, base_dir: Path, base: BaseModel, modules: list[str], placement: str, code: str
+) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
     model.resize_token_embeddings(48)
-    config = peft.LoraConfig(
-        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"
-    )
-    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=modules, task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tmp_path, save_embedding_layers=False)
     verdict = verdict_of(tmp_path, base)
-    assert verdict.placement == "rejected"
-    assert "vocab_mismatch" in codes(verdict)
+    assert verdict.placement == placement
+    assert code in codes(verdict)
 
 
 def test_adapter_saved_as_a_pickle_is_rejected(tmp_path: Path, base_dir: Path, base: BaseModel) -> None:

@@ -12,7 +12,7 @@ LIGHT = {"typer", "rich", "httpx", "pydantic", "yaml"}
 MIGRATIONS = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("migrations/versions/0*.py")}
 REGISTRY = {f"registry{part}.py" for part in ("", "_changes", "_rows", "_schema", "_url")} | {"traffic_table.py"}
 HEAVY_HOMES = {
-    "numpy": {"values.py"},
+    "numpy": {"values.py", "repair_bases.py"},
     "sqlalchemy": REGISTRY | MIGRATIONS,
     "psycopg": {"registry_changes.py"},
     "alembic": {"registry_schema.py", "migrations/env.py"} | MIGRATIONS,

@@ -133,6 +133,8 @@ async def test_new_version_is_created_and_the_same_bytes_again_are_not(
         "current_version": 1,
         "split": None,
         "state": "ready",
+        "repairs": [],
+        "proof": first.json()["proof"],
     }
     (line,) = [record.getMessage() for record in caplog.records if record.name == "loradock.publish"]
     assert line == f"published twice@1 (shared, {first.json()['digest']})"

@@ -109,3 +109,28 @@ async def test_publish_with_an_unknown_option_is_refused_and_not_ignored(served:
     answer = await served.client.post("/v1/adapters/some/versions", json={"files": [], "forced": True})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
     assert "'forced'" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize", "/v1/tokenize", "/v1/chat/completions/render"])
+async def test_routes_that_would_render_a_clients_template_do_not_exist(served: Served, path: str) -> None:
+    body = {"model": "base", "messages": [{"role": "user", "content": "x"}], "chat_template": "{{ 1 }}"}
+    answer = await served.client.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_route")
+    assert (await served.seen())["requests"] == []
+
+
+async def test_passports_template_and_stop_tokens_reach_the_engine(served: Served, tmp_path: Path) -> None:
+    directory = write_adapter(tmp_path / "a")
+    passport = Passport(base=PassportBase(model_id="x"), chat_template="[{{ messages }}]", stop_token_ids=(5, 6))
+    write_passport(directory, passport)
+    (await served.push(directory, "own")).raise_for_status()
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"model": "own", "messages": messages, "stop_token_ids": [9]}
+    (await served.client.post("/v1/chat/completions", json=body)).raise_for_status()
+    (asked,) = (await served.seen())["requests"]
+    assert (asked["body"]["chat_template"], asked["body"]["stop_token_ids"]) == ("[{{ messages }}]", [5, 6, 9])
+    refused = await served.client.post("/v1/chat/completions", json=body | {"chat_template": "{{ 7 * 7 }}"})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "chat_template")
+    through = await served.client.post("/v1/responses", json={"model": "own", "input": "x"})
+    assert (through.status_code, through.json()["error"]["code"]) == (400, "chat_template_unsupported")
+    assert len((await served.seen())["requests"]) == 1

@@ -88,9 +88,25 @@ def test_template_and_stop_tokens_of_the_adapter_go_into_chat() -> None:
     assert sent(EMBEDDINGS, {}, behaviour) == {"model": DIGEST}
 
 
-@pytest.mark.parametrize("own", [[], [5]])
-def test_stop_tokens_of_the_request_win(own: list[int]) -> None:
-    assert sent(CHAT, {"stop_token_ids": own}, Behaviour(None, (7,)))["stop_token_ids"] == own
+@pytest.mark.parametrize(
+    ("asked", "sent_on"),
+    [([], [7, 8]), ([5], [7, 8, 5]), ([8, 5], [7, 8, 5]), (None, [7, 8]), ("x", "x"), ([{}], [7, 8, {}])],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
+def test_stop_tokens_of_the_request_come_beside_the_adapters(path: str, asked: Any, sent_on: Any) -> None:
+    assert sent(path, {"stop_token_ids": asked}, Behaviour(None, (7, 8)))["stop_token_ids"] == sent_on
+
+
+def test_request_that_ignores_the_end_of_texts_ignores_the_adapters_too() -> None:
+    payload = {"ignore_eos": True, "stop_token_ids": [5]}
+    assert sent(CHAT, payload, Behaviour(None, (7,)))["stop_token_ids"] == [5]
+    assert "stop_token_ids" not in sent(CHAT, {"ignore_eos": True}, Behaviour(None, (7,)))
+
+
+def test_template_of_the_adapter_goes_into_embeddings_of_messages_only() -> None:
+    messages = [{"role": "user", "content": "x"}]
+    assert sent(EMBEDDINGS, {"messages": messages}, Behaviour("{{ own }}"))["chat_template"] == "{{ own }}"
+    assert "chat_template" not in sent(EMBEDDINGS, {"input": "x"}, Behaviour("{{ own }}"))
 
 
 def test_responses_api_cannot_apply_a_template_and_says_so() -> None:

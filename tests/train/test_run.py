@@ -1,5 +1,6 @@
 """Whole runs on a tiny base: what is written, that it is what was trained, and that a bad run leaves nothing behind."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loradock_adapters.errors import UsageError
 from loradock_adapters.passport import read_passport, weights_sha256
+from loradock_adapters.vocabulary import read_vocabulary
 from loradock_testing.rows import WriteRows
 from loradock_testing.tiny_models import ALL_MODULES, make_llama
 from loradock_train import train
@@ -51,7 +53,9 @@ def whole_list_run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "target_modules": list(ALL_MODULES)}
-    return train(options(base, data, lora_config=lora, valid_path=str(data)), output=folder / "run")
+    return train(
+        options(base, data, lora_config=lora, valid_path=str(data), license="apache-2.0"), output=folder / "run"
+    )
 
 
 def test_lora_run_writes_the_adapter_and_nothing_else(whole_list_run: Any) -> None:
@@ -83,24 +87,26 @@ def test_adapter_loaded_by_peft_answers_as_the_trainer_did(whole_list_run: Any, 
     assert passport is not None
     assert passport.probe is not None
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), whole_list_run.checkpoint)
-    for probe in passport.probe["prompts"]:
-        found = logits(model, probe["prompt_token_ids"])
-        for best in probe["top"]:
-            assert float(found[best["id"]]) == pytest.approx(best["logit"], abs=1e-3)
-            assert float(found.log_softmax(-1)[best["id"]]) == pytest.approx(best["logprob"], abs=1e-3)
+    for probe in passport.probe.prompts:
+        found = logits(model, list(probe.prompt_token_ids))
+        for best in probe.top:
+            assert float(found[best.id]) == pytest.approx(best.logit, abs=1e-3)
+            assert float(found.log_softmax(-1)[best.id]) == pytest.approx(best.logprob, abs=1e-3)
 
 
 def test_adapter_changes_the_answers_of_its_base(whole_list_run: Any, base: Path) -> None:
     passport = read_passport(whole_list_run.checkpoint)
     assert passport is not None
     assert passport.probe is not None
-    prompt = passport.probe["prompts"][0]["prompt_token_ids"]
+    prompt = list(passport.probe.prompts[0].prompt_token_ids)
     plain: Any = AutoModelForCausalLM.from_pretrained(base)
     before = logits(plain, prompt)
+    for best in passport.probe.prompts[0].base_top:
+        assert float(before.log_softmax(-1)[best.id]) == pytest.approx(best.logprob, abs=1e-3)
     after = logits(PeftModel.from_pretrained(plain, whole_list_run.checkpoint), prompt)
     assert float((after - before).abs().max()) > 0.1
-    assert passport.probe["max_logit_difference"]["base"] > 0.1
-    assert passport.probe["max_logit_difference"]["reloaded"] < 1e-3
+    assert passport.probe.max_logit_difference["base"] > 0.1
+    assert passport.probe.max_logit_difference["reloaded"] < 1e-3
 
 
 def test_passport_ties_the_adapter_to_its_base(whole_list_run: Any, base: Path) -> None:
@@ -111,6 +117,18 @@ def test_passport_ties_the_adapter_to_its_base(whole_list_run: Any, base: Path) 
     assert passport.context_length == 128
     assert passport.seed == 42
     assert passport.stop_token_ids == (2,)
+    vocabulary = read_vocabulary(base)
+    assert vocabulary is not None
+    assert passport.tokenizer_sha256 == vocabulary.file_sha256
+    assert passport.vocabulary_sha256 == vocabulary.sha256
+    assert passport.special_tokens == dict(vocabulary.special_tokens)
+    assert {"<s>", "</s>", "<|user|>"} <= passport.special_tokens.keys()
+    assert passport.chat_template is not None
+    assert passport.chat_template_sha256 == hashlib.sha256(passport.chat_template.encode()).hexdigest()
+    assert passport.data_sha256 is not None
+    assert passport.license == "apache-2.0"
+    assert passport.probe is not None
+    assert (passport.probe.dtype, passport.probe.computed_in) == ("float32", "float32")
     assert passport.versions["peft"] == "0.21.2"
     assert passport.metrics["final_eval_loss"] == whole_list_run.final_eval_loss
 

@@ -231,6 +231,10 @@ class TrainConfig(Section):
     num_probe_prompts: int = Field(default=4, ge=1, le=16)
     """Prompts on which the exported checkpoint is compared with the trained model. Default 4."""
 
+    license: str | None = Field(default=None, max_length=200)
+    """Terms under which the checkpoint may be used, as an SPDX id or a name; written into the passport. Default: those
+    that the base's model card names, if any."""
+
     output_dir: str | None = None
     """Where the run is written (`--output` wins). Default: runs/<name of the YAML>, below the working directory."""
 

@@ -7,6 +7,7 @@ LoradockError
 │   ├── ModelError            the model or tokenizer that was named cannot be used
 │   └── OutputError           the output directory already holds a run
 └── TrainError                exit code 1
+    ├── ExtractError          a full fine-tune whose change is not, or not well enough, a LoRA
     ├── LossError             the loss became NaN or infinite
     └── ProofError            the exported checkpoint does not do what the trained model did
 """
@@ -76,6 +77,16 @@ class LossError(TrainError):
     """The loss is no longer a number."""
 
     code = "loss_not_finite"
+
+
+class ExtractError(TrainError):
+    """What a full fine-tune changed cannot be kept in an adapter of the rank that was asked for."""
+
+    code = "not_extractable"
+
+    def __init__(self, headline: str, problems: Sequence[Problem] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join([headline, *(f"  {problem}" for problem in self.problems)]))
 
 
 class ProofError(TrainError):

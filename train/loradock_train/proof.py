@@ -14,10 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from loradock_adapters.probe import Probe, ProbePrompt, ProbeToken
 from loradock_train.errors import ProofError
 
 MAX_PROMPT_TOKENS = 256
-TOP = 5
+TOP = 8
 PROOF_ADAPTER = "proof"
 
 
@@ -26,21 +27,34 @@ class Proof:
     """What was compared. Differences are the largest over all probes and the whole vocabulary, in logits."""
 
     prompts: tuple[tuple[int, ...], ...]
-    trained: Tensor  # prompts, V
+    reloaded: Tensor  # prompts, V
+    base: Tensor  # prompts, V
     reloaded_difference: float
     base_difference: float
     dtype: str
+    """Of the saved weights."""
+    computed_in: str
+    """Of the weights in memory, with which the logits were computed."""
 
-    def passport_entry(self) -> dict[str, Any]:
-        """The `probe` of the passport: each prompt's best tokens by the trainer, for the server to compare with."""
-        log_probs = self.trained.log_softmax(-1)
-        entries = []
-        for prompt, logits, logs in zip(self.prompts, self.trained, log_probs, strict=True):
-            best = logits.topk(min(TOP, len(logits))).indices.tolist()
-            top = [{"id": i, "logit": round(float(logits[i]), 5), "logprob": round(float(logs[i]), 5)} for i in best]
-            entries.append({"prompt_token_ids": list(prompt), "top": top})
+    def passport_entry(self) -> Probe:
+        """The `probe` of the passport: each prompt's best tokens, by the checkpoint as it is on disk and by its base.
+
+        The server compares its engine's answers with both: from the base's it learns how much of a difference is
+        rounding.
+        """
+        prompts = tuple(
+            ProbePrompt(prompt_token_ids=prompt, top=_best(logits), base_top=_best(base))
+            for prompt, logits, base in zip(self.prompts, self.reloaded, self.base, strict=True)
+        )
         differences = {"reloaded": self.reloaded_difference, "base": self.base_difference}
-        return {"dtype": self.dtype, "prompts": entries, "max_logit_difference": differences}
+        return Probe(dtype=self.dtype, computed_in=self.computed_in, prompts=prompts, max_logit_difference=differences)
+
+
+def _best(logits: Tensor) -> tuple[ProbeToken, ...]:
+    """The likeliest tokens, the best first. `logits` (V)."""
+    logs = logits.log_softmax(-1)
+    best: list[int] = logits.topk(min(TOP, len(logits))).indices.tolist()
+    return tuple(ProbeToken(id=i, logit=round(float(logits[i]), 5), logprob=round(float(logs[i]), 5)) for i in best)
 
 
 def probe_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -74,9 +88,18 @@ def reload_logits(model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence
 
 
 def prove(
-    prompts: Sequence[Sequence[int]], base: Tensor, trained: Tensor, reloaded: Tensor, saved: torch.dtype, kind: str
+    prompts: Sequence[Sequence[int]],
+    base: Tensor,
+    trained: Tensor,
+    reloaded: Tensor,
+    saved: torch.dtype,
+    kind: str,
+    computed_in: torch.dtype | None = None,
 ) -> Proof:
-    """Raises ProofError when the checkpoint answers unlike the trained model, or exactly like the base."""
+    """Raises ProofError when the checkpoint answers unlike the trained model, or exactly like the base.
+
+    `saved`, `computed_in`: types of the weights in the files, and in memory (default: the same).
+    """
     if not bool(torch.isfinite(reloaded).all()):
         raise ProofError(
             "the reloaded checkpoint gives NaN or infinite logits; lower the learning rate and train again"
@@ -97,8 +120,10 @@ def prove(
         )
     return Proof(
         tuple(tuple(int(token) for token in prompt) for prompt in prompts),
-        trained,
+        reloaded,
+        base,
         difference,
         change,
         str(saved).removeprefix("torch."),
+        str(computed_in if computed_in is not None else saved).removeprefix("torch."),
     )

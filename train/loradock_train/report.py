@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loradock_adapters.passport import Passport, PassportBase, weights_sha256
+from loradock_adapters.vocabulary import Vocabulary, read_vocabulary
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import DataReport
 from loradock_train.encode import stop_token_ids
@@ -81,11 +83,16 @@ def make_passport(
     source = config.model_id
     directory = None if source is None else base_directory(source)
     weights = None if directory is None else weights_sha256(directory)
+    vocabulary = _vocabulary(tokenizer, directory)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     name = source if source is not None else f"scratch/{(config.model or {}).get('model_type')}"
     return Passport(
         base=PassportBase(model_id=name, weights_sha256=weights),
-        tokenizer_sha256=_tokenizer_sha256(tokenizer),
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        tokenizer_sha256=vocabulary.file_sha256 if vocabulary is not None else None,
+        vocabulary_sha256=vocabulary.sha256 if vocabulary is not None else None,
+        special_tokens=dict(vocabulary.special_tokens) if vocabulary is not None else {},
+        chat_template=template,
+        chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
         stop_token_ids=stop_token_ids(tokenizer),
         context_length=config.context_length,
         metrics={key: summary[key] for key in ("final_train_loss", "final_eval_loss", "steps", "tokens")},
@@ -93,16 +100,33 @@ def make_passport(
         data_sha256=data_sha256,
         versions=summary["versions"],
         created_at=datetime.now(UTC),
+        license=config.license if config.license is not None else card_license(directory),
         probe=proof.passport_entry(),
     )
 
 
-def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of tokenizer.json as it is saved; None for a tokenizer that has no such file."""
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> Vocabulary | None:
+    """Of the base's own tokenizer.json where the run's tokenizer is that one, so that its hash is the file's; else of
+    the file as it is saved; None for a tokenizer that has no such file."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        file = Path(folder) / "tokenizer.json"
-        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        saved = read_vocabulary(Path(folder))
+    own = read_vocabulary(base) if base is not None else None
+    return own if own is not None and saved is not None and own.sha256 == saved.sha256 else saved
+
+
+def card_license(base: Path | None) -> str | None:
+    """The license that a model card's front matter names."""
+    card = base / "README.md" if base is not None else None
+    if card is None or not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---\n")
+    try:
+        front = yaml.safe_load(parts[1]) if len(parts) > 2 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        return None
+    named = front.get("license") if isinstance(front, dict) else None
+    return named[:200] if isinstance(named, str) else None
 
 
 def _peak_memory_bytes() -> int:

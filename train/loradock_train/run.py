@@ -338,7 +338,17 @@ def _export(
         else:
             save_full(model, tokenizer, temporary, precision.saved)
         reloaded = reload_logits(model, temporary, data.probes)
-        proofs.append(prove(data.probes, base_logits, trained_logits, reloaded, precision.saved, config.kind))
+        proofs.append(
+            prove(
+                data.probes,
+                base_logits,
+                trained_logits,
+                reloaded,
+                precision.saved,
+                config.kind,
+                next(inner_model(model).parameters()).dtype,
+            )
+        )
         write_passport(temporary, make_passport(config, tokenizer, data.rows.sha256, summary, proofs[0]))
         _write_text(temporary / "README.md", model_card(config, directory.resolve().name, summary))
 

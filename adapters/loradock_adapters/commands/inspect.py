@@ -20,16 +20,26 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Say what the server would make of a checkpoint. Exit code 1 if it would refuse it."""
+    from tempfile import TemporaryDirectory
+
     from loradock_adapters import console
     from loradock_adapters.base import base_from, find_base
     from loradock_adapters.checkpoint import read_checkpoint
     from loradock_adapters.engine_rules import EngineLimits
     from loradock_adapters.gate import judge
+    from loradock_adapters.repair import plan_repair, write_repaired
     from loradock_adapters.values import can_scan
 
     checkpoint = read_checkpoint(path)
     served = base_from(find_base(base), model_id=base) if base is not None else None
-    verdict = judge(checkpoint, served, EngineLimits(max_lora_rank))
+    limits = EngineLimits(max_lora_rank)
+    repair = plan_repair(checkpoint, served, find_base(base) if base is not None else None)
+    if repair:  # judged as the server does it: the repaired files, made for a moment
+        with TemporaryDirectory(prefix="loradock-") as scratch:
+            write_repaired(repair, Path(scratch))
+            verdict = judge(read_checkpoint(Path(scratch)), served, limits, found=repair.findings)
+    else:
+        verdict = judge(checkpoint, served, limits, found=repair.findings)
     size_bytes = sum((checkpoint.directory / name).stat().st_size for name in checkpoint.file_names)
     facts = {
         "directory": str(checkpoint.directory),
@@ -38,14 +48,17 @@ def inspect(
         "tensors": len(checkpoint.tensors),
         "chat_template": checkpoint.chat_template is not None,
         "stop_token_ids": list(checkpoint.stop_token_ids),
+        "repairs": [problem.to_json() for problem in repair.done],
         "trained_on": checkpoint.passport.base.model_id if checkpoint.passport is not None else None,
     }
     if json:
         console.out_json({**verdict.to_json(), **facts})
     else:
         for key, value in {"kind": verdict.kind, "placement": verdict.placement, "rank": verdict.rank, **facts}.items():
-            if value not in (None, []):
+            if value not in (None, []) and key != "repairs":
                 console.out(f"{key + ':':<16}{value}")
+        for problem in repair.done:
+            console.out(f"{'would repair:':<16}[{problem.code}] {problem}")
         for line in console.problem_lines(verdict.reasons):
             console.out(line)
     if not can_scan():

@@ -70,6 +70,11 @@ def _explain(answer: dict[str, Any]) -> None:
         console.note(_known(answer))
     elif answer.get("current_version", answer.get("version")) != answer.get("version"):
         console.note(_beside(answer), "yellow")
+    repairs = answer.get("repairs")
+    for repair in map(Problem.from_json, repairs if isinstance(repairs, list) else []):
+        console.note(f"repaired [{repair.code}] {repair}", "yellow")
+    if answer.get("state") == "unproven":
+        console.note("unproven: no engine has shown yet that it answers as it must; it is asked when it first has it")
     reasons = answer.get("reasons")
     console.note_problems(Problem.from_json(reason) for reason in (reasons if isinstance(reasons, list) else []))
     sent, whole = console.size(answer["sent_bytes"]), console.size(answer["size_bytes"])

@@ -25,8 +25,11 @@ def _print(model: dict[str, Any]) -> None:
     for key in ("name", "current_version", "digest", "kind", "placement", "rank", "state"):
         if model.get(key) is not None:
             console.out(f"{key + ':':<17}{model[key]}")
-    for line in _residency(model.get("residency")):
+    for line in (*_proof(model.get("proof")), *_residency(model.get("residency"))):
         console.out(line)
+    repairs = model.get("repairs")
+    for repair in map(Problem.from_json, repairs if isinstance(repairs, list) else []):
+        console.out(f"{'repaired:':<17}[{repair.code}] {repair}")
     reasons = model.get("reasons")
     for line in console.problem_lines(Problem.from_json(r) for r in (reasons if isinstance(reasons, list) else [])):
         console.out(line)
@@ -40,7 +43,7 @@ def _print(model: dict[str, Any]) -> None:
         size_bytes = version.get("size_bytes")
         size = console.size(size_bytes) if isinstance(size_bytes, int) else ""
         created = console.when(version.get("created_at"))
-        facts = [f"{number}{mark}", _share(version), _tags(version), version.get("placement", ""), _proof(version)]
+        facts = [f"{number}{mark}", _share(version), _tags(version), version.get("placement", ""), _proven(version)]
         rows.append([*facts, size, created, version.get("source") or "", version.get("digest", "")])
     header = ["VERSION", "TRAFFIC", "TAGS", "PLACEMENT", "PROOF", "SIZE", "CREATED", "SOURCE", "DIGEST"]
     shown = [i for i, title in enumerate(header) if title == "VERSION" or any(row[i] for row in rows)]
@@ -58,9 +61,26 @@ def _tags(version: dict[str, Any]) -> str:
     return " ".join(str(tag) for tag in tags) if isinstance(tags, list) else ""
 
 
-def _proof(version: dict[str, Any]) -> str:
-    proof = version.get("proof")
-    return str(proof.get("state", "")) if isinstance(proof, dict) else ""
+def _proven(version: dict[str, Any]) -> str:
+    """What an engine has shown about it; nothing of versions from before engines were asked."""
+    return str(version.get("proven", "")) if version.get("proof") is not None else ""
+
+
+def _proof(proof: object) -> list[str]:
+    """What an engine has shown about a model; nothing from a server that does not say."""
+    if not isinstance(proof, dict) or not isinstance(proof.get("state"), str):
+        return []
+    said = proof["state"] + (", published by force" if proof.get("forced") else "")
+    facts = []
+    if isinstance(agreement := proof.get("agreement"), dict) and isinstance(proof.get("tolerance"), int | float):
+        facts.append(f"{agreement.get('difference'):.4f} from the trainer's answers, {proof['tolerance']:.4f} allowed")
+    if isinstance(proof.get("change"), int | float):
+        facts.append(f"{proof['change']:.4f} from the base's")
+    lines = [f"{'proof:':<17}{said}" + (f" ({'; '.join(facts)})" if facts else "")]
+    if isinstance(reason := proof.get("reason"), dict):
+        lines.append(f"{'':<17}{reason.get('message', '')}")
+        lines += [f"{'':<17}{reason['fix']}"] if reason.get("fix") else []
+    return lines
 
 
 _PLACES = {

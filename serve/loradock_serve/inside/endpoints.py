@@ -5,6 +5,7 @@
     POST /loradock/adapters/unload     {"name"}: forget the name, and free the weights
     POST /loradock/adapters/pin        {"name"}: into a slot, and it stays there (`slot_pins.py`)
     POST /loradock/adapters/unpin      {"name"}: it may leave its slot again
+    POST /loradock/probe               {"name"?, "prompts"}: what the base, or an adapter, says next (`probe.py`)
 
 vLLM's own `/v1/load_lora_adapter` reads the adapter in the engine's loop, evicts the oldest slot for it even where
 requests run there, answers a refused one with 500, and accepts Hub ids, which it then downloads inside that loop; its
@@ -25,6 +26,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from loradock_serve.inside.probe import Ranked, probe, top_of
 from loradock_serve.inside.stage_watch import StageFailedError, StageWatch
 from loradock_serve.inside.worker import is_corrected
 from loradock_serve.turns import Turns
@@ -55,6 +57,15 @@ class PinRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str = Field(min_length=1, max_length=256)
+
+
+class ProbeRequest(BaseModel):
+    """Prompts for the base, or for an adapter loaded before."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str | None = Field(default=None, min_length=1, max_length=256)
+    prompts: list[list[int]] = Field(min_length=1, max_length=32)
 
 
 class DeskError(Exception):
@@ -157,6 +168,25 @@ class AdapterDesk:
             known = self._known(name)
             return all(await self._engine.collective_rpc("loradock_unpin", args=(known.lora_int_id,)))
 
+    async def probe(self, name: str | None, prompts: list[list[int]]) -> list[Ranked]:
+        """The likeliest next tokens of each prompt, by an adapter, or by the base where there is no name.
+
+        Raises:
+            DeskError: No adapter has this name, the model does not generate, or a prompt is none for it.
+        """
+        self._require_alive()
+        adapter = None if name is None else self._known(name)
+        config = self._engine.vllm_config.model_config
+        if config.runner_type != "generate" or not config.logprobs_mode.endswith("_logprobs"):
+            message = f"a model that does {config.runner_type}, with --logprobs-mode {config.logprobs_mode}"
+            raise DeskError(409, "cannot_probe", f"{message}, has no log-probabilities to tell")
+        try:
+            return await probe(self._engine, adapter, prompts)
+        except ValueError as error:
+            raise DeskError(400, "bad_prompt", str(error)) from error
+        finally:
+            self._require_alive()
+
     def _known(self, name: str) -> Any:
         self._require_lora()
         known = self._models.lora_requests.get(name)
@@ -186,6 +216,8 @@ class AdapterDesk:
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "max_model_len": config.model_config.max_model_len,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "quantised": config.model_config.quantization is not None,
+            "top_logprobs": top_of(self._engine),
             "lora_dtype": str(lora.lora_dtype).removeprefix("torch.") if lora else None,
             "registered": sorted(self._models.lora_requests),
             "active": [_name(names, adapter_id) for worker in workers[:1] for adapter_id in worker["active"]],
@@ -249,6 +281,9 @@ class LoradockEndpoints:
             was_pinned = await _desk(request).unpin(body.name)
             return JSONResponse({"name": body.name, "pinned": False, "was_pinned": was_pinned})
 
+        async def ask(body: ProbeRequest, request: Request) -> JSONResponse:
+            return JSONResponse({"answers": await _desk(request).probe(body.name, body.prompts)})
+
         async def refuse(request: Request, error: Exception) -> JSONResponse:
             assert isinstance(error, DeskError)
             body = {"message": str(error), "type": error.kind, "param": None, "code": error.status}
@@ -260,6 +295,7 @@ class LoradockEndpoints:
         app.add_api_route("/loradock/adapters/unload", unload, methods=["POST"])
         app.add_api_route("/loradock/adapters/pin", pin, methods=["POST"])
         app.add_api_route("/loradock/adapters/unpin", unpin, methods=["POST"])
+        app.add_api_route("/loradock/probe", ask, methods=["POST"])
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Keep the engine and its registry of models; called once the OpenAI server stands."""

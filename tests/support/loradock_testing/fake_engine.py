@@ -32,6 +32,7 @@ class FakeEngine:
         self.statuses = 0
         self.loads = 0
         self.requests: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
         self.aborted = 0
         self.healthy = True
 
@@ -45,6 +46,7 @@ class FakeEngine:
                 web.post("/loradock/adapters/unload", self.unload),
                 web.post("/loradock/adapters/pin", self.pin),
                 web.post("/loradock/adapters/unpin", self.unpin),
+                web.post("/loradock/probe", self.probe),
                 web.post("/v1/completions", self.complete),
                 web.post("/v1/chat/completions", self.complete),
                 web.post("/v1/responses", self.complete),
@@ -73,6 +75,8 @@ class FakeEngine:
             "counts": self.counts,
             "adapters": {name: {"activations": 1} for name in self.in_slots},
             "lora_dtype": "float32",
+            "dtype": "float32",
+            "max_model_len": 128,
             "flags": self.flags,
         }
         status |= {key: int(self.flags[key]) for key in ("max_loras", "max_num_seqs") if key in self.flags}
@@ -112,6 +116,35 @@ class FakeEngine:
         self.pinned.remove(name)
         return web.json_response({"name": name, "pinned": False, "was_pinned": True})
 
+    async def probe(self, request: web.Request) -> web.Response:
+        """The base always says the same. A checkpoint says what its passport says, or else a little less than the base;
+        `metrics: {"fake": …}` in its passport has it say what the base says, no number, or half of what it should."""
+        body = await request.json()
+        self.probes.append(body)
+        name, prompts = body.get("name"), body["prompts"]
+        if os.environ.get("FAKE_ENGINE_PROBES") == "404":
+            return await self.no_route(request)
+        if name is not None and name not in self.adapters:
+            return web.json_response({"error": {"message": f"no adapter {name!r} is loaded"}}, status=404)
+        base = [[(prompt[0] % 7 + k, -0.5 - k) for k in range(8)] for prompt in prompts]
+        passport = Path(self.adapters[name] if name is not None else self.flags.get("model", "")) / "loradock.json"
+        told = json.loads(passport.read_text()) if passport.is_file() else {}
+        fake = told.get("metrics", {}).get("fake", os.environ.get("FAKE_ENGINE_PROBES"))
+        known = {tuple(p["prompt_token_ids"]): p for p in (told.get("probe") or {}).get("prompts", ())}
+        if name is None and not known:
+            answers: list[list[tuple[int, float | None]]] = [list(answer) for answer in base]
+        else:
+            shift = 0.0 if fake == "base" else 0.25
+            answers = [[(token, value - shift) for token, value in answer] for answer in base]
+            for number, prompt in enumerate(prompts):
+                if fake != "base" and (probe := known.get(tuple(prompt))) is not None:
+                    answers[number] = [(top["id"], top["logprob"]) for top in probe["top"]]
+        if fake == "half" and (name is not None or known):
+            answers = [[(token, (value or 0.0) * 2) for token, value in answer] for answer in answers]
+        if fake == "nan" and (name is not None or self.base != "base"):
+            answers = [[(token, None) for token, _ in answer] for answer in answers]
+        return web.json_response({"answers": answers})
+
     def _use_slot(self, name: str) -> None:
         if name in self.in_slots:
             self.in_slots.remove(name)
@@ -132,6 +165,7 @@ class FakeEngine:
                 "pinned": self.pinned,
                 "statuses": self.statuses,
                 "loads": self.loads,
+                "probes": self.probes,
             }
         )
 
