@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loradock_adapters.base import BaseModel
-from loradock_adapters.lora_keys import PEFT_PREFIX, LoraKey, is_literal, parse_key, suffixes
+from loradock_adapters.lora_keys import PEFT_PREFIX, LoraKey, parse_key, suffixes
 from loradock_adapters.safetensors_header import TensorInfo
 from loradock_adapters.tensor_files import TensorStream
 
@@ -78,26 +78,30 @@ def plan_renaming(tensors: Mapping[str, TensorInfo] | Mapping[str, TensorStream]
 def renamed_config(config: Mapping[str, Any], renaming: Renaming) -> dict[str, Any]:
     """The config with the modules that it names in full called as the base calls them."""
     changed = dict(config)
+    moved = _moved(renaming)
     for setting in ("rank_pattern", "alpha_pattern"):
         if isinstance(patterns := config.get(setting), Mapping) and patterns:
-            changed[setting] = {_moved(pattern, renaming): value for pattern, value in patterns.items()}
+            changed[setting] = {moved.get(pattern, pattern): value for pattern, value in patterns.items()}
     targets = config.get("target_modules")
     if isinstance(targets, list):
-        changed["target_modules"] = [_moved(target, renaming) for target in targets]
+        changed["target_modules"] = [
+            moved.get(target, target) if isinstance(target, str) else target for target in targets
+        ]
     elif isinstance(targets, str) and renaming.modules:  # a pattern over the old names
         keys = (parse_key(name) for name in renaming.names.values())
         changed["target_modules"] = sorted({key.module for key in keys if key.part in ("A", "embedding_A")})
     return changed
 
 
-def _moved(name: Any, renaming: Renaming) -> Any:
-    """A module's name, or the end of one, where it is now."""
-    if not isinstance(name, str) or not is_literal(name) or "." not in name:
-        return name
+def _moved(renaming: Renaming) -> dict[str, str]:
+    """Names that meant a module where it was, and do not where it is: the module's name now."""
+    moved: dict[str, str] = {}
     for old, new in renaming.modules.items():
-        if name in suffixes(old) and name not in suffixes(new):
-            return new
-    return name
+        still = set(suffixes(new))
+        for name in suffixes(old):
+            if "." in name and name not in still:
+                moved.setdefault(name, new)
+    return moved
 
 
 def _without_wrappers(tensor: str) -> str:

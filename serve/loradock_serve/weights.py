@@ -1,7 +1,7 @@
 """Where engines read weights from: the store's own directories, or a merge of base and adapter made once.
 
-An adapter that cannot be hot-swapped (DoRA, `modules_to_save`, `bias`, over-rank) becomes full weights by PEFT's own
-merge, in a subprocess (`merge.py`) that takes torch's memory with it when it ends. Knows nothing of engines.
+An adapter that cannot be hot-swapped (DoRA, `modules_to_save`, `bias`, over-rank) becomes full weights in a subprocess
+(`merge.py`) that has a limit on its memory and takes torch with it when it ends. Knows nothing of engines.
 """
 
 import asyncio

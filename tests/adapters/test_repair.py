@@ -9,6 +9,7 @@ import pytest
 
 from loradock_adapters.base import base_from
 from loradock_adapters.checkpoint import read_checkpoint
+from loradock_adapters.cli import run
 from loradock_adapters.gate import EngineLimits, Verdict, judge
 from loradock_adapters.repair import Repair, plan_repair, write_repaired
 
@@ -277,3 +278,15 @@ def test_same_upload_is_repaired_to_the_same_bytes(tmp_path: Path, base_dir: Pat
         repaired(tmp_path / "a", base_dir, tmp_path / out)
     for name in (WEIGHTS, "adapter_config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_inspect_says_offline_what_would_be_repaired(
+    tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapted(base_dir).save_pretrained(tmp_path)
+    renamed(tmp_path, DRIFTS["compiled"])
+    assert run(["inspect", str(tmp_path), "--base", str(base_dir)]) == 0
+    assert "would repair:   [tensors_renamed] _orig_mod.base_model.model." in capsys.readouterr().out
+    assert run(["inspect", str(tmp_path), "--base", str(base_dir), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["placement"], found["repairs"][0]["code"]) == ("shared", "tensors_renamed")

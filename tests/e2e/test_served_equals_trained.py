@@ -6,12 +6,18 @@ further apart than a near tie.
 """
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from loradock_testing.loradock_server import LoradockServer
 from loradock_testing.tiny_models import ALL_MODULES, LINEAR_MODULES, make_adapter, reference
@@ -72,11 +78,75 @@ def test_full_model_is_dedicated_and_answers_as_transformers_does(server: Lorado
     assert server.card("full")["state"] == "ready"
 
 
-def test_dora_adapter_is_merged_and_served_dedicated(server: LoradockServer, trained: Trained, tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "dora", trained.base, 7, target_modules=LINEAR_MODULES, use_dora=True)
-    pushed = server.loradock("push", str(adapter), "dora")
+DEDICATED: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "modules-to-save": {"modules_to_save": ["lm_head", "norm"]},
+    "rank-128": {"rank": 128},
+}
+
+
+def retrain(adapter: Path) -> None:
+    """Moves what make_adapter leaves as it was: DoRA's magnitudes, and whole modules."""
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(5)
+    for name, tensor in tensors.items():
+        if "lora_A" not in name and "lora_B" not in name:
+            tensor *= 1 + 0.3 * torch.rand(tensor.shape, generator=generator)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", DEDICATED)
+def test_adapter_that_cannot_be_swapped_is_merged_and_served_dedicated_with_no_word_but_push(
+    server: LoradockServer, trained: Trained, tmp_path: Path, kind: str
+) -> None:
+    adapter = make_adapter(tmp_path / kind, trained.base, 7, target_modules=LINEAR_MODULES, **DEDICATED[kind])
+    retrain(adapter)
+    pushed = server.loradock("push", str(adapter), kind)
     assert "dedicated" in pushed.stdout
-    assert_same_tokens(server, "dora", trained.base, adapter)
+    assert_same_tokens(server, kind, trained.base, adapter)
+    assert server.card(kind)["state"] == "ready"
+    assert "merging tensor by tensor" in server.log_path.read_text()
+    assert "merging with PEFT" not in server.log_path.read_text()
+
+
+def test_repaired_adapters_share_the_engine_and_answer_as_peft_does(
+    server: LoradockServer, trained: Trained, tmp_path: Path
+) -> None:
+    right = make_adapter(tmp_path / "right", trained.base, 11)
+    drifted = tmp_path / "drifted"
+    shutil.copytree(right, drifted)
+    tensors = load_file(right / "adapter_model.safetensors")
+    names = {name: "module." + name.replace("model.layers", "language_model.model.layers") for name in tensors}
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, drifted / "adapter_model.safetensors")
+    assert "tensors_renamed" in server.loradock("push", str(drifted), "drifted").stderr
+    assert server.card("drifted")["placement"] == "shared"
+    assert differing(server, "drifted", "base") >= 18
+    assert_same_tokens(server, "drifted", trained.base, right)
+    pissa, converted = make_pissa(tmp_path / "pissa", trained.base)
+    assert "initial_adapter_subtracted" in server.loradock("push", str(pissa), "pissa").stderr
+    assert server.card("pissa")["placement"] == "shared"
+    assert differing(server, "pissa", "base") >= 10
+    assert_same_tokens(server, "pissa", trained.base, converted)
+
+
+def make_pissa(directory: Path, base: Path) -> tuple[Path, Path]:
+    """A PiSSA adapter with its initial one beside it, and what PEFT's own conversion makes of the two."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=8, target_modules=list(LINEAR_MODULES), init_lora_weights="pissa", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(str(directory / "initial_adapter"))
+    model.peft_config["default"].init_lora_weights = "pissa"
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1 + 0.4 * torch.randn_like(parameter))
+    model.save_pretrained(str(directory))
+    converted = directory.with_name("converted")
+    model.save_pretrained(str(converted), path_initial_model_for_weight_conversion=str(directory / "initial_adapter"))
+    return directory, converted
 
 
 def test_openai_client_streams_chats_and_lists_models(server: LoradockServer, trained: Trained) -> None:
