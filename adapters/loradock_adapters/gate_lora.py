@@ -266,6 +266,12 @@ def _judge_against_base(
         for key in keys
         if key.part in ("full", "base_layer") and key.module in base.modules
     }
+    if base.exact:
+        findings.refuse_all(
+            "lora_bias_without_bias",
+            "a bias beside a LoRA matrix, for a layer of the base that has none which it could be merged into",
+            [k.tensor for k in keys if k.part == "lora_bias" and f"{k.module}.bias" not in base.tensor_names],
+        )
     grown = _grown_vocabulary(whole, base)
     if grown is not None:
         message = f"a vocabulary of {grown}, the base's is {base.vocab_size}: embedding and output matrix are replaced"

@@ -84,7 +84,6 @@ SHARED: dict[str, dict[str, Any]] = {
 }
 DEDICATED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "dora"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias"),
     "bias_lora_only": ({"bias": "lora_only"}, "trained_bias"),
     "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "norms_to_save": ({"modules_to_save": ["norm"]}, "modules_to_save"),
@@ -120,6 +119,16 @@ def test_adapter_that_cannot_be_served_saved_by_peft_is_rejected(
 ) -> None:
     verdict = verdict_of(save(tmp_path, base_dir, **settings), base)
     assert (verdict.placement, codes(verdict)) == ("rejected", [code])
+
+
+@pytest.mark.parametrize(("biased", "placement"), [(True, "dedicated"), (False, "rejected")])
+def test_bias_beside_lora_is_dedicated_where_the_base_has_a_bias_to_merge_it_into(
+    tmp_path: Path, biased: bool, placement: str
+) -> None:
+    base_dir = make_base(tmp_path / "tiny", attention_bias=biased)
+    verdict = verdict_of(save(tmp_path / "adapter", base_dir, lora_bias=True), base_from(base_dir))
+    assert verdict.placement == placement
+    assert codes(verdict)[0] == ("lora_bias" if biased else "lora_bias_without_bias")
 
 
 def test_seeds_whole_list_saved_without_base_matrices_is_shared_and_small(
