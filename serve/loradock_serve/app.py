@@ -107,7 +107,7 @@ def _join(
     catalog = Catalog(registry, base.name, base.behaviour, _fit(config, registry, base, limits))
     # A Unix socket's path has room for 107 bytes: not under a data_dir that may be deep.
     socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))
-    weights = StoredWeights(store, base.model, config.data_dir / "merged")
+    weights = StoredWeights(store, lambda: base.source, config.data_dir / "merged")
     engines = _Engines(config, machine, base, lora, socket_dir)
     packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
@@ -127,7 +127,7 @@ def _join(
         base.identity,
         prover,
         WeightsHash(base.model),
-        base.model,
+        base.directory,
     )
     care = _Care(
         Residency(fleet, store.has_version),

@@ -33,6 +33,13 @@ class ServedBase:
     """Its own chat template and stop tokens, to tell an adapter's from."""
     identity: BaseIdentity
     """What is remembered with the versions that are published for it."""
+    directory: Path
+    """Where its files are on this machine, of the revision that is served."""
+
+    @property
+    def source(self) -> str:
+        """What to read weights from: the directory, once it has them (the engine fetches those of a Hub id)."""
+        return str(self.directory) if any(self.directory.glob("*.safetensors")) else self.model
 
 
 class WeightsHash:
@@ -75,7 +82,7 @@ def find_base(base: str, revision: str | None = None) -> ServedBase:
     except OSError as error:
         raise ServeConfigError(f"base {base!r} cannot be read: {error}") from error
     behaviour = Behaviour(checkpoint.chat_template, checkpoint.stop_token_ids)
-    return ServedBase(name, model, facts, behaviour, identity)
+    return ServedBase(name, model, facts, behaviour, identity, directory)
 
 
 def _fetch_small_files(base: str, revision: str | None) -> Path:

@@ -5,6 +5,7 @@ the base's size. Else with PEFT, which holds the base once, in the checkpoint's 
 limit on its memory, which is gone afterwards. `OUT` is complete or the status is not 0.
 """
 
+import contextlib
 import json
 import resource
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from loradock_adapters.base import find_base
 from loradock_adapters.checkpoint import Checkpoint, read_checkpoint
-from loradock_adapters.errors import LoradockError
+from loradock_adapters.errors import LoradockError, NotFoundError
 from loradock_adapters.filetypes import INITIAL_FOLDERS, role_of
 from loradock_serve.merge_plan import MergePlan, NotPlainError, plan_merge
 
@@ -55,7 +56,8 @@ def _merge_with_peft(base: str, adapter: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _bound_memory(6 * _GIB + 4 * sum(path.stat().st_size for path in _weights(base, adapter)))
+    if (weights := _weights(base, adapter)) is not None:  # else they come from the Hub, at a size that nobody knows yet
+        _bound_memory(6 * _GIB + 4 * sum(path.stat().st_size for path in weights))
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", low_cpu_mem_usage=True)
     with torch.no_grad():
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
@@ -63,8 +65,10 @@ def _merge_with_peft(base: str, adapter: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(base).save_pretrained(str(out))
 
 
-def _weights(base: str, adapter: Path) -> list[Path]:
-    return [path for folder in (find_base(base), adapter) for path in folder.glob("*.safetensors")]
+def _weights(base: str, adapter: Path) -> list[Path] | None:
+    with contextlib.suppress(NotFoundError):
+        return [path for folder in (find_base(base), adapter) for path in folder.glob("*.safetensors")]
+    return None
 
 
 def _bound_memory(limit_bytes: int) -> None:

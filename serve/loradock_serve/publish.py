@@ -103,7 +103,7 @@ class Publisher:
         identity: BaseIdentity,
         prover: Prover,
         weights_hash: Callable[[], str | None] = lambda: None,
-        model: str | None = None,
+        base_dir: Path | None = None,
     ) -> None:
         self._store = store
         self._uploads = uploads
@@ -115,7 +115,7 @@ class Publisher:
         self._identity = identity
         self._prover = prover
         self._weights_hash = weights_hash
-        self._model = model
+        self._base_dir = base_dir
         self.turns = Turns()
         """One change of a name at a time: for whoever moves names besides publishing."""
 
@@ -144,7 +144,7 @@ class Publisher:
         version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
-            parts = (self._store, manifest, directory, self._base, self._model, self._judge)
+            parts = (self._store, manifest, directory, self._base, self._base_dir, self._judge)
             mended = await asyncio.to_thread(mend, *parts)
             if mended.manifest.digest == manifest.digest:
                 version, proof = await self._publish_mended(name, mended, options)

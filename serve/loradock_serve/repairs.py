@@ -5,14 +5,12 @@ the same base is repaired to the same bytes, so that pushing it again finds the 
 a thread.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loradock_adapters.base import BaseModel, find_base
+from loradock_adapters.base import BaseModel
 from loradock_adapters.checkpoint import read_checkpoint
-from loradock_adapters.errors import NotFoundError
 from loradock_adapters.findings import Findings
 from loradock_adapters.manifest import Manifest, manifest_of
 from loradock_adapters.problems import Problem
@@ -36,15 +34,14 @@ def mend(
     manifest: Manifest,
     directory: Path,
     base: BaseModel,
-    model: str | None,
+    base_dir: Path | None,
     judge: Callable[[Path, Findings], object],
 ) -> Mended:
     """Repairs an upload whose files lie in `directory`; the new files go into the store as blobs once they are judged.
 
-    `model` is the base's directory or hub id: its weights are compared with, where they are local. `judge` raises for
-    files that nothing may be kept of.
+    What the base's weights in `base_dir` say is compared with. `judge` raises for files that nothing may be kept of.
     """
-    repair = plan_repair(read_checkpoint(directory), base, _weights_dir(model))
+    repair = plan_repair(read_checkpoint(directory), base, base_dir)
     if not repair:
         return Mended(manifest, (), repair.findings)
     with store.scratch() as scratch:
@@ -59,10 +56,3 @@ def mend(
 def _origin(upload: Manifest) -> Problem:
     """Among the repairs the upload's own digest, by which its publisher may look for it."""
     return Problem("uploaded_as", f"the upload itself was {upload.digest}", upload.digest)
-
-
-def _weights_dir(model: str | None) -> Path | None:
-    if model is not None:
-        with contextlib.suppress(NotFoundError):
-            return find_base(model)
-    return None

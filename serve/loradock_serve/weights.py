@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loradock_adapters.registry import Version
@@ -33,7 +33,7 @@ MERGE_LOG_TAIL_BYTES = 2000
 class StoredWeights:
     """The `Weights` of a fleet, from a local store."""
 
-    def __init__(self, store: LocalStore, base: str, merged_root: Path) -> None:
+    def __init__(self, store: LocalStore, base: Callable[[], str], merged_root: Path) -> None:
         self._store = store
         self._base = base
         self._root = merged_root
@@ -49,7 +49,7 @@ class StoredWeights:
             return self._store.version_dir(version.digest)
         # A data directory may be served with another base one day, or with this one trained anew.
         target = (
-            self._root / f"{version.digest.removeprefix('sha256:')}-{await asyncio.to_thread(_identity, self._base)}"
+            self._root / f"{version.digest.removeprefix('sha256:')}-{await asyncio.to_thread(_identity, self._base())}"
         )
         if target.is_dir():  # only ever renamed into place whole
             return target
@@ -66,7 +66,7 @@ class StoredWeights:
         partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
         adapter = self._store.version_dir(version.digest)
         log.info("merging %s into the base, for an engine of its own", version.name)
-        status, output = await _run((*MERGE, self._base, str(adapter), str(partial)))
+        status, output = await _run((*MERGE, self._base(), str(adapter), str(partial)))
         if status != 0:
             tail = output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace")
             summary = f"{version.name!r} cannot be merged into the base: status {explain_status(status)}"

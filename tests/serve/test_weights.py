@@ -21,7 +21,7 @@ DORA = replace(LORA, placement="dedicated")
 
 @pytest.fixture
 def weights(tmp_path: Path) -> StoredWeights:
-    return StoredWeights(LocalStore(tmp_path / "store"), "the-base", tmp_path / "merged")
+    return StoredWeights(LocalStore(tmp_path / "store"), lambda: "the-base", tmp_path / "merged")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
@@ -84,7 +84,7 @@ async def test_merge_into_another_base_is_another_merge(
     base = tmp_path / "base"
     base.mkdir()
     (base / "model.safetensors").write_text("one")
-    local = StoredWeights(LocalStore(tmp_path / "store"), str(base), tmp_path / "merged")
+    local = StoredWeights(LocalStore(tmp_path / "store"), lambda: str(base), tmp_path / "merged")
     before = await local.full_weights_dir(DORA)
     assert await weights.full_weights_dir(DORA) != before
     assert await local.full_weights_dir(DORA) == before
