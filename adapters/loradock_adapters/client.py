@@ -18,12 +18,21 @@ from loradock_adapters.connection import RETRY_WAITS_S, Connection, MissingBlobs
 from loradock_adapters.errors import CheckpointError
 from loradock_adapters.names import check_name, check_tag, parse_ref
 from loradock_adapters.sending import Progress, Sending
+from loradock_adapters.source_ref import parse_source
 
 DEFAULT_SERVER = "http://127.0.0.1:8080"
+SOURCE_TOKEN = "X-Loradock-Source-Token"
+TELL_EVERY_S = 2
+"""How often the server shall say how far its fetch is."""
 
 
 def _silent(phase: str, done_bytes: int, total_bytes: int) -> None:
     pass
+
+
+def _count(answer: dict[str, Any], key: str) -> int:
+    number = answer.get(key)
+    return number if isinstance(number, int) else 0
 
 
 class Client:
@@ -77,6 +86,26 @@ class Client:
             answer = self._json("POST", f"/v1/adapters/{name}/versions", json=document)
         figures = {"sent_bytes": sending.sent_bytes, "size_bytes": manifest.size_bytes}
         return {**answer, **figures, "seconds": round(time.monotonic() - started_s, 3)}
+
+    def push_source(
+        self, source: str, name: str, progress: Progress | None = None, *, token: str | None = None, force: bool = False
+    ) -> dict[str, Any]:
+        """Has the server fetch a source (`hf://org/repo@revision`) and publish it; returns its answer, with `seconds`.
+
+        `token`: for the source, in a header of these requests and nowhere else. The server answers every few seconds
+        with how far it is; after a broken connection it goes on by itself. Raises InvalidSourceError, ServerError.
+        """
+        started_s = time.monotonic()
+        parse_source(source)
+        tell = progress or _silent
+        path = f"/v1/adapters/{check_name(name)}/versions"
+        headers = {"Prefer": f"wait={TELL_EVERY_S}"} | ({SOURCE_TOKEN: token} if token else {})
+        document: dict[str, Any] = {"source": source} | ({"force": True} if force else {})
+        answer = self._connection.json("POST", path, document, headers)
+        while answer.get("state") == "fetching":
+            tell("fetch", _count(answer, "done_bytes"), _count(answer, "total_bytes"))
+            answer = self._connection.json("POST", path, {**document, "fetch": answer.get("fetch")}, headers)
+        return {**answer, "seconds": round(time.monotonic() - started_s, 3)}
 
     def models(self) -> list[dict[str, Any]]:
         """The published models, each with its current version."""

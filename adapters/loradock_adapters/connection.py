@@ -100,12 +100,14 @@ class Connection:
         self._answered = True
         return response
 
-    def request(self, method: str, path: str, *, json: object = None) -> httpx.Response:
+    def request(
+        self, method: str, path: str, *, json: object = None, headers: dict[str, str] | None = None
+    ) -> httpx.Response:
         """A request, sent again while its connection breaks or the server says that this will pass."""
         patience = Patience(self.retry_waits_s)
         while True:
             try:
-                response = self.once(method, path, json=json)
+                response = self.once(method, path, json=json, headers=headers)
             except httpx.TransportError as error:
                 if not patience.wait():
                     raise self.unreachable(error) from error
@@ -113,9 +115,11 @@ class Connection:
             if response.status_code not in RETRIED or not patience.wait(response):
                 return response
 
-    def json(self, method: str, path: str, json: object = None) -> dict[str, Any]:
+    def json(
+        self, method: str, path: str, json: object = None, headers: dict[str, str] | None = None
+    ) -> dict[str, Any]:
         """The object that a request is answered with. Raises ServerError."""
-        response = self.request(method, path, json=json)
+        response = self.request(method, path, json=json, headers=headers)
         raise_for(response)
         document = _document(response)
         if document is None:

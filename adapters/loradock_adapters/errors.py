@@ -2,7 +2,8 @@
 
     LoradockError                    exit code 1, HTTP 500
     ├── UsageError                   exit code 2: the command line or a config file is wrong
-    │   └── InvalidNameError         a model name, or a reference to a version, is not one
+    │   ├── InvalidNameError         a model name, or a reference to a version, is not one
+    │   └── InvalidSourceError       an address to fetch a checkpoint from is not one
     ├── NotFoundError                a name, version or path that is not there
     ├── InUseError                   a version that something still points at
     ├── RefusedError                 an upload that is not acceptable; carries every Problem found
@@ -49,6 +50,12 @@ class InvalidNameError(UsageError):
     """A model name, or a reference to a version of one, that is not well-formed."""
 
     code = "invalid_name"
+
+
+class InvalidSourceError(UsageError):
+    """An address to fetch a checkpoint from that is not well-formed."""
+
+    code = "invalid_source"
 
 
 class NotFoundError(LoradockError):

@@ -132,7 +132,7 @@ def new_row(
 def rejudge(
     connection: sa.Connection, version: Version, verdict: Verdict, details: Details, base: BaseIdentity | None
 ) -> Version:
-    """The same version with the verdict and the proof of today. A proof that is not there takes none away."""
+    """The same version with the verdict, the proof and the source of today. What is not there takes nothing away."""
     fresh = replace(
         version,
         placement=verdict.placement,
@@ -140,13 +140,14 @@ def rejudge(
         rank=verdict.rank,
         base=base,
         proof=details.proof if details.proof is not None else version.proof,
+        source=details.source if details.source is not None else version.source,
     )
     if fresh != version:
         where = (versions.c.name == version.name) & (versions.c.number == version.number)
         reasons = [reason.to_json() for reason in fresh.reasons]
         columns = {"placement": fresh.placement, "reasons": reasons, "rank": fresh.rank, "base": _base_json(base)}
-        columns["proof"] = _proof_json(fresh.proof)
-        connection.execute(sa.update(versions).where(where).values(columns))
+        more = {"proof": _proof_json(fresh.proof), "source": fresh.source}
+        connection.execute(sa.update(versions).where(where).values(columns | more))
     return fresh
 
 

@@ -27,7 +27,7 @@ class Progress(Protocol):
     """Told about each piece of work as it is done, one call at a time.
 
     `phase` is `hash` or `send`, which run side by side, and at last `publish`, of which nobody knows how long it takes;
-    the total may be zero. Contents that the server has already count as sent.
+    `fetch` where the server fetches. The total may be zero. Contents that the server has already count as sent.
     """
 
     def __call__(self, phase: str, done_bytes: int, total_bytes: int) -> None: ...

@@ -19,6 +19,7 @@ from loradock_serve.pins import Pins
 from loradock_serve.proof import proof_state
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Look
+from loradock_serve.source_push import SourcePush
 from loradock_serve.states import States
 
 
@@ -28,13 +29,17 @@ def adapters_router(
     publisher: Publisher,
     states: States,
     pins: Pins,
+    sources: SourcePush,
 ) -> APIRouter:
     """The routes, bound to their parts."""
     router = APIRouter(prefix="/v1/adapters")
 
     @router.post("/{name}/versions")
     async def publish(name: str, request: Request) -> Response:
-        published = await publisher.publish(name, await json_object(request), publisher_of(request.scope))
+        document = await json_object(request)
+        if "source" in document:
+            return await sources.answer(name, document, request)
+        published = await publisher.publish(name, document, publisher_of(request.scope))
         location = {"location": f"/v1/models/{published.version.ref}"}
         return JSONResponse(published.to_json(), 201 if published.version.created else 200, headers=location)
 
@@ -81,6 +86,7 @@ def summary(version: Version, state: str) -> dict[str, Any]:
         "placement": version.placement,
         "size_bytes": version.size_bytes,
         "created_at": version.created_at.isoformat(),
+        "source": version.source,
         "state": "failed" if proof_state(version.proof) == "failed" else state,
         "proven": proof_state(version.proof),
     }
@@ -113,6 +119,7 @@ def _past(version: Version, tags: Mapping[str, int], split: Mapping[int, int]) -
         "placement": version.placement,
         "size_bytes": version.size_bytes,
         "created_at": version.created_at.isoformat(),
+        "source": version.source,
         "current": version.current,
         "tags": [tag for tag, number in tags.items() if number == version.number],
         "share": round(weight / sum(split.values()), 6) if split else float(version.current),

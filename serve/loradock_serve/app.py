@@ -54,6 +54,7 @@ from loradock_serve.proxy import OpenAIProxy
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Residency
 from loradock_serve.sizing import Advice, LoraSizing
+from loradock_serve.sources import Sources, make_sources
 from loradock_serve.states import States
 from loradock_serve.traffic_record import TrafficRecord
 from loradock_serve.turnstile import Turnstiles
@@ -139,7 +140,8 @@ def _join(
         uploads,
         UploadSweeps(uploads, registry, config.uploads.keep_s),
     )
-    app = _application(config, store, registry, catalog, fleet, publisher, care, socket_dir, lock)
+    sources = make_sources(config, store, registry, catalog, publisher)
+    app = _application(config, store, registry, catalog, fleet, publisher, care, sources, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice, care.pins)
 
 
@@ -268,6 +270,7 @@ def _application(
     fleet: Fleet,
     publisher: Publisher,
     care: _Care,
+    sources: Sources,
     socket_dir: Path,
     lock: GatewayLock | None,
 ) -> ASGIApp:
@@ -280,6 +283,7 @@ def _application(
         try:
             yield
         finally:
+            await sources.jobs.stop()
             await care.sweeps.stop()
             await care.pins.stop()
             await fleet.stop()
@@ -295,6 +299,7 @@ def _application(
         catalog,
         fleet,
         care.turnstiles,
+        sources.lazy,
         WaitingRoom(config.admission.max_queue, int(config.admission.max_queue_gib * 1024**3)),
         max_body_bytes=config.max_body_bytes,
         timeout_s=config.request_timeout_s,
@@ -306,7 +311,7 @@ def _application(
     pointers = Pointers(registry, catalog, fleet, publisher.turns)
     app.include_router(models_router(catalog, pointers, states))
     app.include_router(blobs_router(store, care.uploads, config))
-    app.include_router(adapters_router(registry, catalog, publisher, states, care.pins))
+    app.include_router(adapters_router(registry, catalog, publisher, states, care.pins, sources.push))
     app.include_router(pointers_router(catalog, pointers, states))
     app.include_router(pins_router(care.pins, states))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))

@@ -204,6 +204,7 @@ def version_card(version: Version, name: str, state: str) -> dict[str, Any]:
         "placement": version.placement,
         "version": version.number,
         "digest": version.digest,
+        "source": version.source,
         "state": state,
     }
     return _card(name, int(version.created_at.timestamp()), about)

@@ -12,12 +12,25 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from loradock_adapters.errors import InvalidSourceError
+from loradock_adapters.source_ref import check_prefix
 from loradock_adapters.strict_config import explain, read_yaml
 from loradock_serve import engine_args
 from loradock_serve.errors import ServeConfigError
 
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
 """The rank ladder of vLLM 0.32: every slot is allocated at one of these."""
+
+
+def _checked_prefix(prefix: str) -> str:
+    try:
+        return check_prefix(prefix)
+    except InvalidSourceError as error:
+        raise ValueError(str(error)) from error
+
+
+SourcePrefix = Annotated[str, AfterValidator(_checked_prefix)]
+SourcePrefixes = Annotated[tuple[SourcePrefix, ...], Field(strict=False)]
 
 
 def default_data_dir() -> Path:
@@ -144,6 +157,40 @@ class UploadsConfig(BaseModel):
     """Seconds after which what came, and nobody continued or published, is removed. Default 86400, a day."""
 
 
+class SourcesConfig(BaseModel):
+    """What the server fetches itself, for who publishes and at request time (`source_jobs.py`, `lazy_models.py`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    push: SourcePrefixes = ("hf://",)
+    """Prefixes of sources that `loradock push` may name. Default: all of the Hub, as a stranger sees it; nothing else,
+    since an object store is read with this server's own credentials."""
+    lazy: SourcePrefixes = ()
+    """Prefixes of sources that a request may name as its `model`. Default: none."""
+    hub_url: str | None = None
+    """The Hub's address. Default: the environment's HF_ENDPOINT, else https://huggingface.co."""
+    server_token: bool = False
+    """Whether the Hub sees this server's own token (HF_TOKEN) where a publisher sent none, and in requests. Whoever may
+    publish, or send a request, can then have everything below the allowed prefixes that it opens. Default false."""
+    max_bytes: Annotated[int, Field(ge=1)] = 256 * 1024**3
+    """Bytes that one source may have in all; a single file `max_upload_bytes`. Minimum 1. Default 256 GiB."""
+    timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds that one fetch may take. Default 3600."""
+    max_running: Annotated[int, Field(ge=1, le=64)] = 4
+    """Fetches at the same time. From 1 to 64. Default 4."""
+    max_waiting: Annotated[int, Field(ge=0)] = 60
+    """Fetches that may wait for their turn; more are answered 429. Minimum 0. Default 60."""
+    lazy_wait_s: Annotated[float, Field(ge=0)] = 30.0
+    """Seconds that a request waits for a source that it named, before it is answered 503. Minimum 0. Default 30."""
+    lazy_lookups_a_minute: Annotated[int, Field(ge=1)] = 60
+    """Unknown sources that requests may make the server look for in a minute, all together; more are answered 429.
+    Minimum 1. Default 60."""
+    lazy_recheck_s: Annotated[float, Field(gt=0)] = 300.0
+    """Seconds after which a branch is looked at anew; the known version answers meanwhile. Default 300."""
+    miss_ttl_s: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds for which a source that is not there, or was refused, is not asked for again. Default 60."""
+
+
 def _expanded(path: Path) -> Path:
     return path.expanduser()
 
@@ -181,6 +228,9 @@ class ServeConfig(BaseModel):
     """Engines for what cannot be hot-swapped."""
     admission: AdmissionConfig = AdmissionConfig()
     """Who goes next where more is asked than the engines can run at once."""
+
+    sources: SourcesConfig = SourcesConfig()
+    """What the server fetches itself, from the Hub and from object stores."""
 
     @property
     def is_loopback(self) -> bool:

@@ -19,6 +19,14 @@ LoradockError
     ├── StorageFullError          there is no room on the disk for what was sent
     ├── DeadlineError             the request took longer than the server, or its client, lets it
     ├── QueueFullError            too many requests wait already; carries Retry-After
+    ├── SourceError               something about the place that a checkpoint is to be fetched from
+    │   ├── SourceNotAllowedError     the operator allows no such source
+    │   ├── SourceNotFoundError       nothing is there, or nothing that this token may see
+    │   ├── SourceDeniedError         it is there, and may not be read
+    │   ├── SourceTooLargeError       more bytes than this server fetches
+    │   ├── SourceBusyError           too many are fetched or asked for already; carries Retry-After
+    │   ├── SourcePendingError        it is being fetched; carries Retry-After
+    │   └── SourceUnavailableError    it does not answer, or breaks off; carries Retry-After
     └── EngineError
         ├── EngineUnavailableError    not up within the deadline; carries Retry-After
         ├── EngineStartError          an engine that will not start; carries the tail of its log
@@ -164,6 +172,62 @@ class QueueFullError(GatewayError):
         super().__init__(message)
         self.code = code
         self.retry_after_s = retry_after_s
+
+
+class SourceError(GatewayError):
+    """Something about the place that a checkpoint is to be fetched from."""
+
+    code = "source_error"
+
+
+class SourceNotAllowedError(SourceError):
+    """The operator allows no such source."""
+
+    code = "source_not_allowed"
+
+
+class SourceNotFoundError(SourceError):
+    """Nothing is there; or it is private, and looks as if nothing were there."""
+
+    code = "source_not_found"
+
+
+class SourceDeniedError(SourceError):
+    """It is there, and the token, or the server's own credentials, may not read it."""
+
+    code = "source_denied"
+
+
+class SourceTooLargeError(SourceError):
+    """It has more bytes than this server fetches."""
+
+    code = "source_too_large"
+
+
+class _LaterSourceError(SourceError):
+    """Worth another try after a while."""
+
+    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class SourceBusyError(_LaterSourceError):
+    """Too many sources are fetched already, or too many unknown ones were asked for."""
+
+    code = "source_busy"
+
+
+class SourcePendingError(_LaterSourceError):
+    """It is being fetched, and will be there."""
+
+    code = "source_pending"
+
+
+class SourceUnavailableError(_LaterSourceError):
+    """It does not answer, answers with nonsense, or breaks off."""
+
+    code = "source_unavailable"
 
 
 class EngineError(GatewayError):

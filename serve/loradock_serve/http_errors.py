@@ -38,11 +38,19 @@ STATUS: Mapping[type[Exception], int] = {
     serve.TooManyUploadsError: 429,
     serve.DeadlineError: 504,
     serve.StorageFullError: 507,
+    serve.SourceNotAllowedError: 403,
+    serve.SourceNotFoundError: 404,
+    serve.SourceDeniedError: 403,
+    serve.SourceTooLargeError: 413,
+    serve.SourceBusyError: 429,
+    serve.SourcePendingError: 503,
+    serve.SourceUnavailableError: 503,
     serve.EngineRouteError: 404,
     serve.EngineRefusedError: 422,
     serve.EngineUnavailableError: 503,
     serve.EngineError: 502,
     adapters.InvalidNameError: 400,
+    adapters.InvalidSourceError: 400,
     adapters.ManifestError: 400,
     adapters.DigestMismatchError: 400,
     adapters.NotFoundError: 404,
@@ -74,7 +82,15 @@ TYPE: Mapping[int, str] = {
 }
 UPLOAD_OFFSET = "upload-offset"
 """How much of a content is here; the next piece begins there."""
-_SOON = serve.TooManyUploadsError | adapters.UploadBusyError
+_SOON = (
+    serve.EngineUnavailableError
+    | serve.QueueFullError
+    | serve.TooManyUploadsError
+    | serve.SourceBusyError
+    | serve.SourcePendingError
+    | serve.SourceUnavailableError
+    | adapters.UploadBusyError
+)
 
 
 def status_of(error: Exception) -> int:
@@ -107,7 +123,7 @@ def headers_of(error: LoradockError) -> dict[str, str]:
         return {UPLOAD_OFFSET: str(error.held_bytes)}
     if isinstance(error, serve.UploadStalledError):
         return {"connection": "close"}
-    if isinstance(error, serve.EngineUnavailableError | serve.QueueFullError | _SOON):
+    if isinstance(error, _SOON):
         return {"retry-after": str(error.retry_after_s)}
     if isinstance(error, serve.UnauthorizedError):
         return {"www-authenticate": "Bearer"}

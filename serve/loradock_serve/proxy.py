@@ -15,6 +15,7 @@ import time
 from starlette.types import Receive, Scope, Send
 
 from loradock_adapters.errors import LoradockError
+from loradock_adapters.source_ref import is_source
 from loradock_serve import metrics, rewrite
 from loradock_serve.asks import ask_of, caller_of, check_n, timeout_of
 from loradock_serve.auth import key_of
@@ -31,6 +32,7 @@ from loradock_serve.errors import (
 )
 from loradock_serve.fleet import Fleet, Target
 from loradock_serve.http_errors import UNFORESEEN, explained, status_of
+from loradock_serve.lazy_models import LazyModels
 from loradock_serve.reply import Reply
 from loradock_serve.sse import Usage
 from loradock_serve.tickets import Ask
@@ -54,6 +56,7 @@ class OpenAIProxy:
         catalog: Catalog,
         fleet: Fleet,
         turnstiles: Turnstiles,
+        lazy: LazyModels,
         room: WaitingRoom,
         *,
         max_body_bytes: int,
@@ -63,6 +66,7 @@ class OpenAIProxy:
         self._catalog = catalog
         self._fleet = fleet
         self._turnstiles = turnstiles
+        self._lazy = lazy
         self._room = room
         self._max_body_bytes = max_body_bytes
         self._max_n = max_n
@@ -103,7 +107,12 @@ class OpenAIProxy:
         path = scope["path"]
         payload = rewrite.parse_body(body)
         reply.model = rewrite.model_of(payload)
-        resolved = self._catalog.route(reply.model, lambda: caller_of(payload, key_of(scope)))
+        if is_source(reply.model):
+            with self._room.place(len(body)) as place:
+                place.take()
+                resolved = await self._lazy.resolve(reply.model)
+        else:
+            resolved = self._catalog.route(reply.model, lambda: caller_of(payload, key_of(scope)))
         reply.version = resolved.version
         refuse_unfit(resolved.version)
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour, body)

@@ -61,6 +61,7 @@ class Published:
             "reasons": reasons_json(version.reasons),
             "repairs": reasons_json(version.repairs),
             "created": version.created,
+            "source": version.source,
             "current_version": self.current_number,
             "split": split_json(self.split),
             "state": "ready" if self.proof.state == "proven" else "unproven",
@@ -76,6 +77,8 @@ class Options:
     """Publish what the gate would refuse only because it is of no use."""
     publisher: str = ANONYMOUS
     """Who publishes."""
+    source: str | None = None
+    """Where this server fetched the files from, with the commit."""
 
     @classmethod
     def of(cls, document: Mapping[str, Any], publisher: str) -> "Options":
@@ -125,10 +128,18 @@ class Publisher:
         Raises InvalidNameError, ConflictError, ManifestError, MissingBlobsError, or RefusedError with the gate's
         problems.
         """
+        self.check_name(name)
+        options = Options.of(document, publisher)
+        return await self.publish_manifest(name, Manifest.from_json(document), options)
+
+    def check_name(self, name: str) -> None:
+        """Raises InvalidNameError or ConflictError where nothing can be published under `name`."""
         check_name(name)
         self._catalog.check_free(name)
-        options = Options.of(document, publisher)
-        manifest = Manifest.from_json(document)
+
+    async def publish_manifest(self, name: str, manifest: Manifest, options: Options) -> Published:
+        """Publish files that are in the store. Raises as `publish`."""
+        self.check_name(name)
         # A name's versions in the order of their arrival; and nobody discards a directory that another one judges.
         async with self.turns.of(name), self.turns.of(manifest.digest):
             try:
@@ -174,6 +185,7 @@ class Publisher:
             checkpoint, verdict = await asyncio.to_thread(self._judge, directory, mended.findings)
             proof = await self._prove(manifest.digest, checkpoint, verdict, options)
             details = replace(Details.of(checkpoint), repairs=mended.repairs, proof=proof.to_json())
+            details = replace(details, publisher=options.publisher, source=options.source)
             version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
             return version, proof
         finally:

@@ -1,5 +1,6 @@
-"""`loradock push PATH NAME`: publishes a checkpoint directory under a name."""
+"""`loradock push PATH NAME`: publishes a checkpoint directory, or what the server fetches itself, under a name."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,21 +16,41 @@ if TYPE_CHECKING:
 
 def push(
     path: Annotated[
-        Path, typer.Argument(help="Checkpoint directory, or run directory of `loradock train`.", metavar="PATH")
+        str,
+        typer.Argument(
+            help="Checkpoint directory, run directory of `loradock train`, or what the server fetches itself: "
+            "hf://org/repo@revision, s3://bucket/prefix.",
+            metavar="PATH",
+        ),
     ],
     name: Annotated[str, typer.Argument(help="Name to publish it under.", metavar="NAME")],
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
     json: Json = False,
+    token_env: Annotated[
+        str | None,
+        typer.Option(
+            help="Variable that holds a token for a private hf:// source; sent with this push, stored nowhere. "
+            "HF_TOKEN is sent by itself over HTTPS and to this machine.",
+            metavar="VARIABLE",
+            show_default=False,
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Publish it even if it changes nothing.")] = False,
 ) -> None:
     """Publish a checkpoint under a name; it answers within seconds."""
     from loradock_adapters import console
     from loradock_adapters.client import Client
+    from loradock_adapters.source_ref import is_source
+    from loradock_adapters.source_token import token_for
 
+    token = token_for(path, server, token_env, os.environ)
     try:
         with _bars() as show, Client(server, api_key) as client:
-            answer = client.push(path, name, show, force=force)
+            if is_source(path):
+                answer = client.push_source(path, name, show, token=token, force=force)
+            else:
+                answer = client.push(Path(path), name, show, force=force)
     except KeyboardInterrupt:
         console.note("stopped: run the same command again, it goes on where this one ended", "red")
         raise typer.Exit(130) from None
@@ -77,8 +98,11 @@ def _explain(answer: dict[str, Any]) -> None:
         console.note("unproven: no engine has shown yet that it answers as it must; it is asked when it first has it")
     reasons = answer.get("reasons")
     console.note_problems(Problem.from_json(reason) for reason in (reasons if isinstance(reasons, list) else []))
-    sent, whole = console.size(answer["sent_bytes"]), console.size(answer["size_bytes"])
-    console.note(f"sent {sent} of {whole} in {answer['seconds']:.1f} s", "green")
+    if "sent_bytes" in answer:
+        sent, whole = console.size(answer["sent_bytes"]), console.size(answer["size_bytes"])
+        console.note(f"sent {sent} of {whole} in {answer['seconds']:.1f} s", "green")
+    else:
+        console.note(f"fetched by the server as {answer.get('source')} in {answer['seconds']:.1f} s", "green")
 
 
 def _known(answer: dict[str, Any]) -> str:
