@@ -15,16 +15,20 @@ from loradock_serve.source_listing import Listing, RemoteFile
 
 CHUNK_BYTES = 4 << 20
 MAX_LISTED = 10_000
+TIMEOUT_S = 10.0
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    # What breaks off is tried again by who reads, from where it was.
+    "s3": {"config_kwargs": {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S, "retries": {"max_attempts": 1}}}
+}
 TAGS = ("ETag", "etag", "md5Hash", "content_md5", "versionId", "LastModified", "last_modified", "mtime", "ino")
 """What drivers tell of a file that changes with its content."""
 
 
 class ObjectSource:
-    """One folder. `options` are the driver's own, for tests and unusual places."""
+    """One folder."""
 
-    def __init__(self, ref: SourceRef, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, ref: SourceRef) -> None:
         self._ref = ref
-        self._options = dict(options or {})
         self._opened: Any = None
 
     def look(self) -> Listing:
@@ -80,7 +84,8 @@ class ObjectSource:
                 import fsspec  # type: ignore[import-untyped]
 
                 # Its own, and not one that fsspec keeps for all: what that has listed stays listed.
-                self._opened = fsspec.filesystem(self._ref.scheme, skip_instance_cache=True, **self._options)
+                settings = _SETTINGS.get(self._ref.scheme, {})
+                self._opened = fsspec.filesystem(self._ref.scheme, skip_instance_cache=True, **settings)
             except (ImportError, ValueError) as error:
                 package = "s3" if self._ref.scheme == "s3" else ""
                 fix = f"pip install 'loradock[{package}]'" if package else "its package for fsspec is to be installed"
