@@ -1,6 +1,8 @@
 """`"model": "hf://org/repo"`: fetched at the first request, remembered, looked at anew; misses cost nothing."""
 
 import asyncio
+import hashlib
+import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
@@ -9,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+import pytest_asyncio
 
 from loradock_adapters.source_ref import parse_source
 from loradock_serve.lazy_models import name_of
@@ -20,33 +23,55 @@ from loradock_testing.waiting import until
 Start = Callable[..., AbstractAsyncContextManager[Served]]
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with hub_server() as running:
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+seeds = itertools.count(1)
+LAZY = {"lazy": ["hf://org"]}
+
+
+@pytest.fixture(scope="module")
+def one_hub() -> Iterator[Hub]:
+    with pytest.MonkeyPatch.context() as monkeypatch, hub_server() as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
         yield running
 
 
 @pytest.fixture
+def hub(one_hub: Hub) -> Iterator[Hub]:
+    """The Hub, empty."""
+    one_hub.clear()
+    yield one_hub
+    one_hub.clear()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(one_hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    """One gateway that takes org's models from the Hub; each test has a repository of its own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        async with serving(tmp_path_factory.mktemp("lazy"), monkeypatch, sources=LAZY) as running:
+            await running.until_ready()
+            yield running
+
+
+@pytest.fixture
 def start(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Starts a gateway that takes org's models from the Hub, with these settings of `sources`."""
+    """Starts a gateway of the test's own, with these settings of `sources`."""
 
     def starting(**sources: Any) -> AbstractAsyncContextManager[Served]:
-        return serving(tmp_path, monkeypatch, sources={"lazy": ["hf://org"], **sources})
+        return serving(tmp_path, monkeypatch, sources=LAZY | sources)
 
     return starting
 
 
 @pytest.fixture
-async def served(start: Start) -> AsyncIterator[Served]:
-    async with start() as running:
-        await running.until_ready()
-        yield running
+def adapter(tmp_path: Path) -> Path:
+    """An adapter that no other test has: what the store holds already is not downloaded."""
+    return write_adapter(tmp_path / "adapter", seed=next(seeds))
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    return write_adapter(tmp_path / "adapter")
+def repo(request: pytest.FixtureRequest) -> str:
+    """A repository for this test alone."""
+    return f"org/{hashlib.sha256(request.node.name.encode()).hexdigest()[:12]}"
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
@@ -54,30 +79,32 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     return error
 
 
-async def test_first_request_fetches_and_the_next_ones_do_not(served: Served, hub: Hub, adapter: Path) -> None:
-    hub.commit("org/bot", adapter)
-    first = await served.complete("hf://org/bot", "hi")
+async def test_first_request_fetches_and_the_next_ones_do_not(
+    served: Served, hub: Hub, adapter: Path, repo: str
+) -> None:
+    hub.commit(repo, adapter)
+    first = await served.complete(f"hf://{repo}", "hi")
     assert first.status_code == 200, first.text
-    assert first.json()["model"] == "hf://org/bot"
+    assert first.json()["model"] == f"hf://{repo}"
     asked = hub.count()
     for _ in range(5):
-        assert (await served.complete("hf://org/bot", "hi")).json()["choices"] == first.json()["choices"]
+        assert (await served.complete(f"hf://{repo}", "hi")).json()["choices"] == first.json()["choices"]
     assert hub.count() == asked
 
 
 async def test_it_is_listed_under_a_name_of_its_own_with_its_source(served: Served, hub: Hub, adapter: Path) -> None:
     commit = hub.commit("org/My.Bot", adapter)
     await served.complete("hf://org/My.Bot", "hi")
-    (_, card) = (await served.client.get("/v1/models")).json()["data"]
-    assert card["id"] == name_of(parse_source("hf://org/My.Bot"))
+    name = name_of(parse_source("hf://org/My.Bot"))
+    (card,) = [card for card in (await served.client.get("/v1/models")).json()["data"] if card["id"] == name]
     assert card["id"].startswith("hf--org-my.bot--")
     assert card["loradock"]["source"] == f"hf://org/My.Bot@{commit}"
     assert (await served.complete(card["id"], "hi")).status_code == 200
 
 
-async def test_many_first_requests_make_one_fetch(served: Served, hub: Hub, adapter: Path) -> None:
-    hub.commit("org/bot", adapter)
-    answers = await asyncio.gather(*(served.complete("hf://org/bot", "hi") for _ in range(40)))
+async def test_many_first_requests_make_one_fetch(served: Served, hub: Hub, adapter: Path, repo: str) -> None:
+    hub.commit(repo, adapter)
+    answers = await asyncio.gather(*(served.complete(f"hf://{repo}", "hi") for _ in range(40)))
     assert {answer.status_code for answer in answers} == {200}
     assert (hub.count("/api/"), hub.count("/lfs/")) == (1, 1)
 
@@ -95,9 +122,9 @@ async def test_restarted_gateway_knows_it_still(start: Start, hub: Hub, adapter:
 # What costs nothing
 
 
-async def test_thousand_requests_for_one_unknown_name_ask_the_hub_once(served: Served, hub: Hub) -> None:
+async def test_thousand_requests_for_one_unknown_name_ask_the_hub_once(served: Served, hub: Hub, repo: str) -> None:
     for _ in range(10):
-        answers = await asyncio.gather(*(served.complete("hf://org/nothing", "hi") for _ in range(100)))
+        answers = await asyncio.gather(*(served.complete(f"hf://{repo}", "hi") for _ in range(100)))
         assert {(answer.status_code, error_of(answer)["code"]) for answer in answers} == {(404, "source_not_found")}
     assert hub.count() == 1
 
@@ -156,7 +183,7 @@ async def test_miss_is_asked_for_again_after_its_time(start: Start, hub: Hub, ad
 async def test_refused_adapter_is_answered_with_its_reasons_and_not_fetched_again(
     start: Start, hub: Hub, tmp_path: Path
 ) -> None:
-    hub.commit("org/bad", write_adapter(tmp_path / "bad", peft_type="LOHA"))
+    hub.commit("org/bad", write_adapter(tmp_path / "bad", seed=next(seeds), peft_type="LOHA"))
     async with start(miss_ttl_s=0.01) as served:
         first = await served.complete("hf://org/bad", "hi")
         assert first.status_code == 422
@@ -195,21 +222,21 @@ async def test_request_that_waits_too_long_gets_503_and_a_later_one_the_answer(
         assert hub.count("/lfs/") == 1
 
 
-async def test_own_timeout_of_a_request_ends_its_wait(served: Served, hub: Hub, adapter: Path) -> None:
+async def test_own_timeout_of_a_request_ends_its_wait(served: Served, hub: Hub, adapter: Path, repo: str) -> None:
     hub.hold = threading.Event()
-    hub.commit("org/bot", adapter)
-    body = {"model": "hf://org/bot", "prompt": "hi"}
+    hub.commit(repo, adapter)
+    body = {"model": f"hf://{repo}", "prompt": "hi"}
     answer = await served.client.post("/v1/completions", json=body, headers={"x-request-timeout": "0.2"})
     assert answer.status_code == 504
     hub.hold.set()
-    assert (await served.complete("hf://org/bot", "hi")).status_code == 200
+    assert (await served.complete(f"hf://{repo}", "hi")).status_code == 200
     assert hub.count("/lfs/") == 1
 
 
 async def test_other_models_answer_while_fetches_hang(start: Start, hub: Hub, adapter: Path) -> None:
     hub.hold = threading.Event()
     for number in range(6):
-        hub.commit(f"org/bot{number}", write_adapter(adapter.parent / f"{number}", seed=number + 1))
+        hub.commit(f"org/bot{number}", write_adapter(adapter.parent / f"{number}", seed=next(seeds)))
     async with start(max_running=2) as served:
         await served.until_ready()
         hanging = [asyncio.create_task(served.complete(f"hf://org/bot{n}", "hi")) for n in range(6)]
@@ -228,7 +255,7 @@ async def test_branch_that_moved_is_fetched_behind_the_old_version_s_back(
     async with start(lazy_recheck_s=0.05) as served:
         old = await served.text("hf://org/bot", "hi")
         hub.hold = threading.Event()
-        hub.commit("org/bot", write_adapter(adapter.parent / "new", seed=7))
+        hub.commit("org/bot", write_adapter(adapter.parent / "new", seed=next(seeds)))
 
         async def downloading() -> bool:
             assert await served.text("hf://org/bot", "hi") == old
@@ -265,25 +292,29 @@ async def test_commit_is_never_looked_at_again(start: Start, hub: Hub, adapter: 
         assert hub.count() == asked
 
 
-async def test_something_else_under_its_name_does_not_answer_for_it(served: Served, hub: Hub, adapter: Path) -> None:
-    hub.commit("org/bot", adapter)
-    name = name_of(parse_source("hf://org/bot"))
-    other = (await served.push(write_adapter(adapter.parent / "other", seed=9), name)).json()["digest"]
-    assert other not in await served.text("hf://org/bot", "hi")
+async def test_something_else_under_its_name_does_not_answer_for_it(
+    served: Served, hub: Hub, adapter: Path, repo: str
+) -> None:
+    hub.commit(repo, adapter)
+    name = name_of(parse_source(f"hf://{repo}"))
+    other = (await served.push(write_adapter(adapter.parent / "other", seed=next(seeds)), name)).json()["digest"]
+    assert other not in await served.text(f"hf://{repo}", "hi")
     assert (await served.push(adapter.parent / "other", name)).json()["version"] == 3
-    assert other not in await served.text("hf://org/bot", "hi")
+    assert other not in await served.text(f"hf://{repo}", "hi")
 
 
-async def test_removed_one_is_fetched_again_when_it_is_asked_for(served: Served, hub: Hub, adapter: Path) -> None:
-    hub.commit("org/bot", adapter)
-    before = await served.text("hf://org/bot", "hi")
-    name = name_of(parse_source("hf://org/bot"))
+async def test_removed_one_is_fetched_again_when_it_is_asked_for(
+    served: Served, hub: Hub, adapter: Path, repo: str
+) -> None:
+    hub.commit(repo, adapter)
+    before = await served.text(f"hf://{repo}", "hi")
+    name = name_of(parse_source(f"hf://{repo}"))
     assert (await served.client.delete(f"/v1/adapters/{name}")).status_code == 200
-    assert await served.text("hf://org/bot", "hi") == before
+    assert await served.text(f"hf://{repo}", "hi") == before
 
 
-async def test_stream_of_a_source_is_a_stream(served: Served, hub: Hub, adapter: Path) -> None:
-    hub.commit("org/bot", adapter)
-    answer = await served.complete("hf://org/bot", "one two", stream=True)
+async def test_stream_of_a_source_is_a_stream(served: Served, hub: Hub, adapter: Path, repo: str) -> None:
+    hub.commit(repo, adapter)
+    answer = await served.complete(f"hf://{repo}", "one two", stream=True)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.rstrip().endswith("data: [DONE]")
