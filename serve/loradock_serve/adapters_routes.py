@@ -119,7 +119,6 @@ def _past(version: Version, tags: Mapping[str, int], split: Mapping[int, int]) -
         "placement": version.placement,
         "size_bytes": version.size_bytes,
         "created_at": version.created_at.isoformat(),
-        "source": version.source,
         "current": version.current,
         "tags": [tag for tag, number in tags.items() if number == version.number],
         "share": round(weight / sum(split.values()), 6) if split else float(version.current),

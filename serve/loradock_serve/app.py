@@ -140,7 +140,7 @@ def _join(
         uploads,
         UploadSweeps(uploads, registry, config.uploads.keep_s),
     )
-    sources = make_sources(config, store, registry, catalog, publisher)
+    sources = make_sources(config, store, registry, catalog, publisher, fleet)
     app = _application(config, store, registry, catalog, fleet, publisher, care, sources, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice, care.pins)
 

@@ -85,7 +85,7 @@ class LazyModels:
             return replace(known, public_name=model)
         await self._bring(self._job(name, ref), ref)
         self._checked.put(name, None, self._config.lazy_recheck_s)
-        return replace(self._catalog.resolve_to_answer(name), public_name=model)
+        return replace(self._catalog.resolve(name), public_name=model)
 
     def _known(self, name: str, ref: SourceRef) -> Resolved | None:
         """The name's version where it is of this source and this base. Publishers may have put anything under the name,
@@ -128,7 +128,7 @@ class LazyModels:
         return job
 
     def _order(self, name: str, ref: SourceRef) -> Order:
-        return Order(name, ref, self._config.lazy, Options(publisher=PUBLISHER), remember_refusal=True)
+        return Order(name, ref, self._config.lazy, Options(publisher=PUBLISHER), lazy=True)
 
     def _note(self, job: Job, ref: SourceRef) -> None:
         """Remembers a fetch that failed, so that the next requests cost nothing."""

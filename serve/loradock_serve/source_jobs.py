@@ -7,19 +7,19 @@ nothing of HTTP requests, nor of what a source is.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from loradock_adapters.errors import LoradockError, MissingBlobsError, NotFoundError, RefusedError
 from loradock_adapters.manifest import Manifest
-from loradock_adapters.names import ModelRef
 from loradock_adapters.registry import Registry
 from loradock_adapters.source_ref import SourceRef, is_allowed
 from loradock_adapters.store import LocalStore
@@ -48,8 +48,9 @@ class Order:
     """The prefixes of which it has to be one, also under the name that the source itself has for it."""
     options: Options
     token: str | None = None
-    remember_refusal: bool = False
-    """Whether a commit that was refused once is refused again without being fetched."""
+    lazy: bool = False
+    """Asked for by a request: a commit that was refused once is refused again without being fetched, and the name
+    points at what lies at the source now, also where that is an older version of it."""
 
     def __repr__(self) -> str:
         return f"Order({self.name!r}, {str(self.ref)!r})"  # not the token: this may end up in a log
@@ -85,6 +86,7 @@ class SourceJobs:
         store: LocalStore,
         registry: Registry,
         publisher: Publisher,
+        promote: Callable[[str, str], Awaitable[object]],
         opener: Opener,
         limits: Limits,
         *,
@@ -95,6 +97,7 @@ class SourceJobs:
         self._store = store
         self._registry = registry
         self._publisher = publisher
+        self._promote = promote
         self._opener = opener
         self._limits = limits
         self._timeout_s = timeout_s
@@ -171,7 +174,7 @@ class SourceJobs:
         listing = await self._in_thread(source.look)
         if listing.called != order.ref:
             check_allowed(listing.called, order.allowed)
-        if order.remember_refusal and (refusal := self._refusals.get(listing.source)) is not None:
+        if order.lazy and (refusal := self._refusals.get(listing.source)) is not None:
             raise RefusedError(refusal.problems)
         try:
             if (known := await asyncio.to_thread(self._known, order.name, listing)) is not None:
@@ -184,23 +187,26 @@ class SourceJobs:
             manifest = await self._in_thread(lambda: fetcher.fetch(listing, files))
             return await self._publish(order, listing, manifest)
         except RefusedError as refusal:
-            if order.remember_refusal:
+            if order.lazy:
                 self._refusals[listing.source] = refusal
                 if len(self._refusals) > MAX_REMEMBERED:
                     self._refusals.popitem(last=False)
             raise
 
     def _known(self, name: str, listing: Listing) -> Manifest | None:
-        """The files of the name's current version, where it is of this very commit."""
-        try:
-            version = self._registry.resolve(ModelRef(name))
-        except NotFoundError:
-            return None
-        return self._registry.manifest(version) if version.source == listing.source else None
+        """The files of the name's version that is of this very commit."""
+        with contextlib.suppress(NotFoundError):
+            for version in self._registry.versions(name):
+                if version.source == listing.source:
+                    return self._registry.manifest(version)
+        return None
 
     async def _publish(self, order: Order, listing: Listing, manifest: Manifest) -> Published:
         options = replace(order.options, source=listing.source)
-        return await self._publisher.publish_manifest(order.name, manifest, options)
+        published = await self._publisher.publish_manifest(order.name, manifest, options)
+        if order.lazy and published.current_number != published.version.number:
+            await self._promote(order.name, str(published.version.number))
+        return published
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

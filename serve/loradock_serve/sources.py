@@ -11,9 +11,11 @@ from loradock_adapters.source_ref import HUB, SourceRef
 from loradock_adapters.store import LocalStore
 from loradock_serve.catalog import Catalog
 from loradock_serve.config import ServeConfig, SourcesConfig
+from loradock_serve.fleet import Fleet
 from loradock_serve.hub_source import HubSource
 from loradock_serve.lazy_models import LazyModels
 from loradock_serve.object_source import ObjectSource
+from loradock_serve.pointers import Pointers
 from loradock_serve.publish import Publisher
 from loradock_serve.source_jobs import SourceJobs
 from loradock_serve.source_listing import Limits, Source
@@ -32,7 +34,7 @@ class Sources:
 
 
 def make_sources(
-    config: ServeConfig, store: LocalStore, registry: Registry, catalog: Catalog, publisher: Publisher
+    config: ServeConfig, store: LocalStore, registry: Registry, catalog: Catalog, publisher: Publisher, fleet: Fleet
 ) -> Sources:
     """Must run inside the event loop that will serve."""
     sources = config.sources
@@ -40,6 +42,7 @@ def make_sources(
         store,
         registry,
         publisher,
+        Pointers(registry, catalog, fleet, publisher.turns).promote,
         opener(sources),
         Limits(config.max_upload_bytes, sources.max_bytes),
         timeout_s=sources.timeout_s,

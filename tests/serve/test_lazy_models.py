@@ -271,6 +271,22 @@ async def test_branch_that_moved_is_fetched_behind_the_old_version_s_back(
                 pass
 
 
+async def test_branch_that_was_set_back_is_answered_by_its_older_version(start: Start, hub: Hub, adapter: Path) -> None:
+    before = hub.commit("org/bot", adapter)
+    async with start(lazy_recheck_s=0.02) as served:
+        old = await served.text("hf://org/bot", "hi")
+        hub.commit("org/bot", write_adapter(adapter.parent / "new", seed=next(seeds)))
+        async with asyncio.timeout(20):
+            while await served.text("hf://org/bot", "hi") == old:
+                pass
+        downloads = hub.count("/resolve/")
+        hub.repos["org/bot"].branches["main"] = before
+        async with asyncio.timeout(20):
+            while await served.text("hf://org/bot", "hi") != old:
+                pass
+        assert hub.count("/resolve/") == downloads
+
+
 async def test_known_version_answers_while_the_hub_is_gone(start: Start, hub: Hub, adapter: Path) -> None:
     hub.commit("org/bot", adapter)
     async with start(lazy_recheck_s=0.01) as served:
@@ -299,7 +315,8 @@ async def test_something_else_under_its_name_does_not_answer_for_it(
     name = name_of(parse_source(f"hf://{repo}"))
     other = (await served.push(write_adapter(adapter.parent / "other", seed=next(seeds)), name)).json()["digest"]
     assert other not in await served.text(f"hf://{repo}", "hi")
-    assert (await served.push(adapter.parent / "other", name)).json()["version"] == 3
+    moved = await served.client.post(f"/v1/adapters/{name}/promote", json={"version": 1})
+    assert moved.status_code == 200, moved.text
     assert other not in await served.text(f"hf://{repo}", "hi")
 
 
