@@ -22,6 +22,8 @@ EMBEDDING_NAMES = frozenset(
     {"embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "embed_in", "embed_out", "embedding"}
 )
 """Last parts of the names that modules over the vocabulary or over positions go by."""
+_LAYER = re.compile(r"(?:model|model\.language_model|language_model\.model|transformer)\.(?:layers|h)\.(\d{1,9})\.")
+"""Where the families keep the layers of their language models."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ class BaseModel:
         if module in self.modules or f"{module}.weight" in self.tensor_names:
             return True
         return not self.exact and "norm" in module.rpartition(".")[2]
+
+    @property
+    def layers(self) -> int:
+        """Layers of its language model; 0 where the config does not say."""
+        return _count(text_config(self.config), "num_hidden_layers", "n_layer") or 0
+
+    def is_beyond_layers(self, module: str) -> bool:
+        """Whether a module is of a layer that the language model does not have.
+
+        Also where the weights hold one: what lies past the last layer (a head for speculative decoding) is not part of
+        the model that answers.
+        """
+        found = _LAYER.match(module)
+        return found is not None and self.layers > 0 and int(found[1]) >= self.layers
 
     @property
     def embedding_modules(self) -> frozenset[str]:

@@ -4,13 +4,14 @@ Reads structure, not values, and reports what is broken instead of stopping at i
 gate's verdict with everything else. Does not know any base model or engine (base.py, engine_rules.py).
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from loradock_adapters import strict_json
+from loradock_adapters.contents import look_into
 from loradock_adapters.errors import CheckpointError, HeaderError, NotFoundError
 from loradock_adapters.manifest import scan
 from loradock_adapters.passport import Passport, read_passport
@@ -75,7 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     found = scan(directory)
     names = frozenset(found.kept)
     kind = _kind(names, found.problems)
-    problems = list(found.problems)
+    problems = [*found.problems, *look_into(directory, names)]
     config = _json_object(directory, ADAPTER_CONFIG if kind == "lora" else MODEL_CONFIG, problems)
     weight_map = _weight_map(directory, problems) if kind == "full" and MODEL_INDEX in names else None
     shards = _shards(directory, _weight_files(kind, names), problems)
@@ -94,7 +95,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         stop_token_ids=_stop_token_ids(directory, names, passport, problems),
         passport=passport,
         file_names=names,
-        problems=tuple(problems),
+        problems=tuple(dict.fromkeys(problems)),  # two readers may have found the same
     )
 
 
@@ -106,7 +107,7 @@ def _kind(names: frozenset[str], problems: tuple[Problem, ...]) -> Kind:
     missing = Problem(
         "not_a_checkpoint",
         f"neither {ADAPTER_CONFIG} (an adapter) nor {MODEL_CONFIG} (a full model) is there",
-        fix="publish the directory that save_pretrained() wrote, or the run directory of `loradock train`",
+        ADAPTER_CONFIG,
     )
     raise CheckpointError([missing, *problems])
 
@@ -191,9 +192,13 @@ def _json_object(
         problems.append(Problem("config_too_long", message, name))
         return {}
     try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        problems.append(Problem("config_not_json", "not valid JSON", name))
+        # transformers writes Infinity into the configs of some models (time_step_limit), PEFT does not.
+        document = strict_json.loads(path.read_bytes(), constants=name != ADAPTER_CONFIG)
+    except strict_json.DuplicateKeyError as error:
+        problems.append(Problem("config_duplicate_key", str(error), name))
+        return {}
+    except ValueError as error:
+        problems.append(Problem("config_not_json", f"not valid JSON: {ascii(str(error))[1:-1][:120]}", name))
         return {}
     if not isinstance(document, dict):
         problems.append(Problem("config_not_json", "not a JSON object", name))

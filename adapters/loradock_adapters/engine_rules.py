@@ -173,6 +173,21 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "use_qalora", _set, "rejected", "qalora", "QA-LoRA pools its inputs; it is not served", "train a plain LoRA"
     ),
+    Feature(
+        "kasa_config",
+        _set,
+        "rejected",
+        "kasa",
+        "KaSA cuts singular values off the base's weights, which the served base still has",
+    ),
+    Feature("monteclora_config", _set, "rejected", "monteclora", "MonteCLoRA adds sampled weights to the factors"),
+    Feature(
+        "target_parameters",
+        _set,
+        "rejected",
+        "target_parameters",
+        "LoRA on bare parameters (fused experts), which the engine lays out in another way",
+    ),
     Feature("arrow_config", _set, "rejected", "arrow", "Arrow routes every token among adapters; it is not served"),
 )
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from loradock_adapters.base import BaseModel
-from loradock_adapters.checkpoint import Checkpoint, Kind
+from loradock_adapters.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Kind
 from loradock_adapters.engine_rules import EngineLimits
 from loradock_adapters.findings import Findings
 from loradock_adapters.gate_full import judge_full
 from loradock_adapters.gate_lora import judge_lora
+from loradock_adapters.lora_keys import FACTORS, parse_key
 from loradock_adapters.problems import Problem
-from loradock_adapters.values import can_scan, scan_values
+from loradock_adapters.values import scan_values
 
 __all__ = ["EngineLimits", "Placement", "Problem", "Verdict", "judge"]
 
@@ -49,13 +50,15 @@ def judge(
     base: BaseModel | None,
     limits: EngineLimits,
     *,
-    check_values: bool | None = None,
+    check_values: bool = True,
+    force: bool = False,
     found: Findings | None = None,
 ) -> Verdict:
     """The verdict on a checkpoint.
 
     Without a base (an offline inspection) what hangs on it is left open, and said so. `check_values` reads the tensors'
-    values as well: by default where numpy is there, as on the server. `found` is what a repair has to say of it.
+    values as well. With `force` an adapter that changes nothing is remarked on and not refused. `found` is what a
+    repair has to say of it.
     """
     findings = Findings(list(checkpoint.problems))
     if found is not None:
@@ -65,7 +68,9 @@ def judge(
     else:
         judge_full(checkpoint, findings)
         rank = None
-    _judge_values(checkpoint, findings, can_scan() if check_values is None else check_values)
+    zero = _judge_values(checkpoint, findings) if check_values else frozenset()
+    if checkpoint.kind == "lora":
+        _judge_effect(checkpoint, zero, findings, force)
     placement: Placement = "shared" if checkpoint.kind == "lora" else "dedicated"
     if findings.detours:
         placement = "dedicated"
@@ -74,21 +79,31 @@ def judge(
     return Verdict(checkpoint.kind, placement, findings.reasons, rank)
 
 
-def _judge_values(checkpoint: Checkpoint, findings: Findings, wanted: bool) -> None:
-    """NaN and infinity anywhere are refused; an adapter whose every B is zero changes nothing, which is remarked."""
-    if not wanted:
-        return
+def _judge_values(checkpoint: Checkpoint, findings: Findings) -> frozenset[str]:
+    """NaN and infinity anywhere are refused. Returns the tensors that are zero throughout."""
     zero: set[str] = set()
     for name, tensors in checkpoint.shards.items():
         scan = scan_values(checkpoint.directory / name, tensors)
         zero |= scan.zero
-        if scan.not_finite:
-            findings.refuse_all(
-                "not_finite",
-                "holds NaN or infinity",
-                [f"{name}: {tensor}" for tensor in scan.not_finite],
-                "the training run diverged: lower the learning rate, and publish an earlier checkpoint",
-            )
-    second_factors = [name for name in checkpoint.tensors if "lora_B" in name or "lora_embedding_B" in name]
-    if second_factors and zero.issuperset(second_factors):
-        findings.remark("changes_nothing", "every B matrix is zero: this adapter answers as the base does")
+        places = [f"{name}: {tensor}" for tensor in scan.not_finite]
+        findings.refuse_all("not_finite", "holds NaN or infinity", places)
+    return frozenset(zero)
+
+
+def _judge_effect(checkpoint: Checkpoint, zero: frozenset[str], findings: Findings, force: bool) -> None:
+    """An adapter whose every product of factors is zero answers as the base does; seldom what was meant."""
+    keys = [parse_key(tensor) for tensor in checkpoint.tensors]
+    factors = [key for key in keys if key.part in FACTORS]
+    if not factors or len(factors) != len([key for key in keys if key.part != "base_layer"]):
+        return  # what else is inside (a bias, a whole matrix) changes something
+    at_work = {key.module for key in factors} - {key.module for key in factors if key.tensor in zero}
+    no_scale = checkpoint.config.get("lora_alpha") == 0 and not checkpoint.config.get("alpha_pattern")
+    if at_work and not no_scale:
+        return
+    message = "lora_alpha is zero" if no_scale else "every module's B (or A) matrix is zero"
+    where = f"{ADAPTER_CONFIG}: lora_alpha" if no_scale else ADAPTER_WEIGHTS
+    message += ": this adapter answers as the base does"
+    if force:
+        findings.remark("changes_nothing", message, where)
+    else:
+        findings.refuse("changes_nothing", message, where)

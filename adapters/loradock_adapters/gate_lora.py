@@ -12,9 +12,7 @@ from typing import Any
 from loradock_adapters.base import BaseModel, is_embedding
 from loradock_adapters.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from loradock_adapters.engine_rules import (
-    FEATURES,
     FLOAT_DTYPES,
-    KNOWN_SETTINGS,
     MAX_LM_HEAD_VOCAB,
     TOWER_PARTS,
     EngineLimits,
@@ -23,18 +21,16 @@ from loradock_adapters.engine_rules import (
 )
 from loradock_adapters.filetypes import INITIAL_FOLDERS
 from loradock_adapters.findings import Findings
-from loradock_adapters.lora_keys import LoraKey, Part, RankPatterns, is_literal, is_safe_pattern, parse_key, suffixes
+from loradock_adapters.gate_config import judge_config
+from loradock_adapters.gate_targets import judge_targets
+from loradock_adapters.lora_keys import FACTORS, LoraKey, Part, RankPatterns, parse_key
 from loradock_adapters.safetensors_header import TensorInfo
-
-_MAX_PATTERNS = 20_000
-_MAX_WILD_PATTERNS = 200
-_FACTORS: tuple[Part, ...] = ("A", "B", "embedding_A", "embedding_B")
 
 
 def judge_lora(checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLimits, findings: Findings) -> int | None:
     """Adds everything there is to say about an adapter; returns its largest rank, None where the config has none."""
     config = checkpoint.config
-    ranks = _judge_config(config, findings) if config else None
+    ranks = judge_config(config, findings) if config else None
     _judge_files(checkpoint, findings)
     keys = [parse_key(tensor) for tensor in checkpoint.tensors]
     _judge_parts(keys, config, findings)
@@ -44,63 +40,12 @@ def judge_lora(checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLim
         _judge_factor_ranks(factors, ranks, findings)
         _judge_limits(ranks, limits, findings)
     if base is None:
-        findings.remark("base_not_given", "not compared with a base model: none was named", fix="inspect with --base")
+        findings.remark("base_not_given", "not compared with a base model: none was named", "base")
     else:
         _judge_architecture(base, limits, findings)
         _judge_against_base(keys, factors, checkpoint, base, findings)
         _judge_origin(checkpoint, base, findings)
     return ranks.largest if ranks is not None else None
-
-
-def _judge_config(config: Mapping[str, Any], findings: Findings) -> RankPatterns | None:
-    peft_type = config.get("peft_type", "LORA")
-    if peft_type != "LORA":
-        message = f"{ascii(peft_type)[:40]} adapters are not served, only LORA"
-        findings.refuse("peft_type", message, ADAPTER_CONFIG, "convert it with PEFT's save_as_lora, or train a LoRA")
-    for feature in FEATURES:
-        if feature.used(config.get(feature.setting)):
-            add = findings.detour if feature.outcome == "dedicated" else findings.refuse
-            add(feature.code, feature.message, f"{ADAPTER_CONFIG}: {feature.setting}", feature.fix)
-    unknown = sorted(ascii(key)[1:-1][:60] for key in config.keys() - KNOWN_SETTINGS if config[key])
-    findings.remark_all("unknown_setting", "a setting that the engine ignores", unknown)
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        findings.refuse("lora_alpha", "lora_alpha is not a number", f"{ADAPTER_CONFIG}: lora_alpha")
-    if not isinstance(config.get("target_modules"), str | list) and not config.get("target_parameters"):
-        message = "target_modules is neither a list of names nor a pattern"
-        findings.refuse("target_modules", message, f"{ADAPTER_CONFIG}: target_modules")
-    _judge_patterns("alpha_pattern", config.get("alpha_pattern"), int | float, findings)
-    pattern_fine = _judge_patterns("rank_pattern", config.get("rank_pattern"), int, findings)
-    rank = config.get("r")
-    if type(rank) is not int or rank <= 0:
-        findings.refuse("rank", f"r is {ascii(rank)[:40]}, not a positive whole number", f"{ADAPTER_CONFIG}: r")
-        return None
-    return RankPatterns(rank, config.get("rank_pattern") or {} if pattern_fine else {})
-
-
-def _judge_patterns(setting: str, patterns: object, number: Any, findings: Findings) -> bool:
-    where = f"{ADAPTER_CONFIG}: {setting}"
-    if patterns is None:
-        return True
-    if not isinstance(patterns, Mapping):
-        findings.refuse(setting, f"{setting} is not a map of module patterns to numbers", where)
-        return False
-    if len(patterns) > _MAX_PATTERNS or sum(not is_literal(pattern) for pattern in patterns) > _MAX_WILD_PATTERNS:
-        message = f"more than {_MAX_PATTERNS} patterns, or {_MAX_WILD_PATTERNS} with wildcards"
-        findings.refuse("too_many_patterns", message, where)
-        return False
-    unsafe = [ascii(pattern)[:80] for pattern in patterns if not is_safe_pattern(pattern)]
-    findings.refuse_all(
-        "pattern_unsafe",
-        "a pattern that could take very long to match",
-        [f"{where}: {pattern}" for pattern in unsafe],
-        "name modules in full, or with few wildcards",
-    )
-    wrong = [
-        p for p, value in patterns.items() if isinstance(value, bool) or not isinstance(value, number) or value <= 0
-    ]
-    findings.refuse_all(setting, "not a positive number", [f"{where}: {ascii(pattern)[:80]}" for pattern in wrong])
-    return not unsafe and not wrong
 
 
 def _judge_files(checkpoint: Checkpoint, findings: Findings) -> None:
@@ -158,7 +103,7 @@ def _judge_parts(keys: list[LoraKey], config: Mapping[str, Any], findings: Findi
             by_part["full"],
             "if it was not trained, save with save_embedding_layers=False",
         )
-    if not keys or not any(key.part in _FACTORS for key in keys):
+    if not keys or not any(key.part in FACTORS for key in keys):
         message = "no LoRA tensor inside: nothing was trained, or it was saved from the wrong process"
         findings.refuse("no_lora_tensors", message, ADAPTER_WEIGHTS)
 
@@ -167,7 +112,7 @@ def _judge_magnitudes(keys: list[LoraKey], config: Mapping[str, Any], findings: 
     """PEFT fills in a DoRA magnitude that is missing with the base's own norm: it would merge another function."""
     if not config.get("use_dora"):
         return
-    factored = dict.fromkeys(key.module for key in keys if key.part in _FACTORS)
+    factored = dict.fromkeys(key.module for key in keys if key.part in FACTORS)
     with_magnitude = {key.module for key in keys if key.part == "magnitude"}
     findings.refuse_all(
         "dora_magnitude_missing",
@@ -191,24 +136,26 @@ def _pairs(keys: list[LoraKey], tensors: Mapping[str, TensorInfo], findings: Fin
     found: dict[tuple[str, bool], dict[str, LoraKey]] = defaultdict(dict)
     twice: list[str] = []
     for key in keys:
-        if key.part in _FACTORS:
+        if key.part in FACTORS:
             factors = found[key.module, key.part.startswith("embedding")]
             if key.part[-1] in factors:
                 twice.append(key.tensor)
             factors[key.part[-1]] = key
     findings.refuse_all("tensor_twice", "the same factor under two names", twice)
     pairs = []
-    lonely = []
+    lonely: list[str] = []
+    empty: list[str] = []
     for (module, embedding), factors in found.items():
+        empty += [key.tensor for key in factors.values() if 0 in tensors[key.tensor].shape]
         if len(factors) == 2:
             pairs.append(_Pair(module, embedding, tensors[factors["A"].tensor], tensors[factors["B"].tensor]))
         else:
             lonely.append(next(iter(factors.values())).tensor)
-    fix = "save the adapter again, from all processes where weights are sharded"
-    findings.refuse_all("factor_missing", "one of the factors A and B without the other", lonely, fix)
+    findings.refuse_all("factor_missing", "one of the factors A and B without the other", lonely)
+    findings.refuse_all("empty_tensor", "a matrix without values, as a process that holds none of them saves it", empty)
     wrong_dtype = [pair.module for pair in pairs if not {pair.a.dtype, pair.b.dtype} <= FLOAT_DTYPES]
     findings.refuse_all("adapter_dtype", f"adapter matrices are one of {', '.join(sorted(FLOAT_DTYPES))}", wrong_dtype)
-    return pairs
+    return [pair for pair in pairs if 0 not in pair.a.shape + pair.b.shape]
 
 
 def _judge_factor_ranks(pairs: list[_Pair], ranks: RankPatterns, findings: Findings) -> None:
@@ -234,12 +181,12 @@ def _judge_limits(ranks: RankPatterns, limits: EngineLimits, findings: Findings)
 
 def _judge_architecture(base: BaseModel, limits: EngineLimits, findings: Findings) -> None:
     if not limits.enable_lora:
-        findings.detour("engine_without_lora", "the base's engine runs without LoRA")
+        findings.detour("engine_without_lora", "the base's engine runs without LoRA", "base")
         return
     rules = [architecture_rules(name) for name in base.architectures]
     if not any(rule is not None and rule.lora for rule in rules):
         names = ", ".join(base.architectures) or "the base's architecture"
-        findings.detour("architecture_without_lora", f"the engine has no LoRA for {names}")
+        findings.detour("architecture_without_lora", f"the engine has no LoRA for {names}", "base")
 
 
 def _judge_against_base(
@@ -247,17 +194,14 @@ def _judge_against_base(
 ) -> None:
     if not base.known:
         message = "the base's modules are not known here, so names and shapes cannot be checked"
-        findings.refuse("base_unknown", message, base.model_id or "", "give a directory that holds the base's weights")
+        findings.refuse("base_unknown", message, base.model_id or "base")
         return
     factored = {pair.module for pair in pairs}
     touched = dict.fromkeys(key.module for key in keys if key.part != "unknown")
-    strangers = [m for m in touched if not (m in base.modules if m in factored else base.has(m))]
-    findings.refuse_all(
-        "module_not_in_base",
-        f"the base has no such module{_near(strangers, base)}",
-        strangers,
-        "train on the base that is served, or re-name the tensors to its modules",
-    )
+    beyond = [m for m in touched if base.is_beyond_layers(m)]
+    findings.refuse_all("layer_beyond_base", f"the base has {base.layers} layers, from 0 on", beyond)
+    strangers = [m for m in touched if not (m in base.modules if m in factored else base.has(m)) and m not in beyond]
+    findings.refuse_all("module_not_in_base", f"the base has no such module{_near(strangers, base)}", strangers)
     for pair in pairs:
         if pair.module in base.modules:
             _judge_shape(pair, base, findings)
@@ -284,7 +228,8 @@ def _judge_against_base(
     if base.multimodal:
         outside = [pair.module for pair in pairs if not TOWER_PARTS.isdisjoint(pair.module.split("."))]
         findings.detour_all("tower_lora", "the engine leaves out what is outside the language model", outside)
-    _judge_targets(checkpoint.config.get("target_modules"), pairs, base, findings)
+    if not strangers and not beyond:  # else what is missing is there under another name
+        judge_targets(checkpoint.config, {key.module for key in keys if key.part in FACTORS}, base, findings)
 
 
 def _judge_shape(pair: _Pair, base: BaseModel, findings: Findings) -> None:
@@ -302,10 +247,11 @@ def _judge_shape(pair: _Pair, base: BaseModel, findings: Findings) -> None:
         return
     if pair.a.shape[1] != in_features:
         message = f"A takes {pair.a.shape[1]} inputs, the base's module {in_features}"
-        findings.refuse("shape_mismatch", message, pair.module)
+        findings.refuse("vocab_mismatch" if pair.embedding else "shape_mismatch", message, pair.module)
     if pair.b.shape[0] != out_features:
         message = f"B gives {pair.b.shape[0]} outputs, the base's module {out_features}"
-        findings.refuse("shape_mismatch", message, pair.module)
+        over_vocabulary = is_embedding(pair.module) and not pair.embedding
+        findings.refuse("vocab_mismatch" if over_vocabulary else "shape_mismatch", message, pair.module)
 
 
 def _grown_vocabulary(whole: Mapping[LoraKey, TensorInfo], base: BaseModel) -> int | None:
@@ -329,9 +275,7 @@ def _judge_full_shape(key: LoraKey, tensor: TensorInfo, base: BaseModel, finding
     expected = base.modules[key.module]
     if tensor.shape not in (expected, expected[::-1]):
         message = f"a matrix of {list(tensor.shape)}, the base's is {list(expected)}"
-        code = "vocab_mismatch" if is_embedding(key.module) else "shape_mismatch"
-        fix = "train without resizing the vocabulary, or publish the merged model" if code == "vocab_mismatch" else ""
-        findings.refuse(code, message, key.tensor, fix)
+        findings.refuse("vocab_mismatch" if is_embedding(key.module) else "shape_mismatch", message, key.tensor)
 
 
 def _judge_embeddings(pairs: list[_Pair], base: BaseModel, findings: Findings) -> None:
@@ -346,18 +290,6 @@ def _judge_embeddings(pairs: list[_Pair], base: BaseModel, findings: Findings) -
         elif name == "lm_head" and base.modules[pair.module][0] > MAX_LM_HEAD_VOCAB:
             message = f"a vocabulary of {base.modules[pair.module][0]} is over the engine's limit {MAX_LM_HEAD_VOCAB}"
             findings.detour("vocab_over_limit", message, pair.module)
-
-
-def _judge_targets(targets: object, pairs: list[_Pair], base: BaseModel, findings: Findings) -> None:
-    """Names that the config targets and no tensor answers: harmless for the engine, but perhaps not what was meant."""
-    if not isinstance(targets, list):
-        return
-    named = {target for target in targets if isinstance(target, str)}
-    idle = named - {suffix for pair in pairs for suffix in suffixes(pair.module)}
-    absent = idle - {suffix for module in base.modules for suffix in suffixes(module)}
-    printable = [ascii(target)[1:-1][:120] for target in sorted(absent)]
-    findings.remark_all("target_not_in_base", "the base has no module of this name", printable)
-    findings.remark_all("target_without_tensors", "targeted, but nothing was saved for it", sorted(idle - absent))
 
 
 def _judge_origin(checkpoint: Checkpoint, base: BaseModel, findings: Findings) -> None:

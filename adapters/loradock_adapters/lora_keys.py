@@ -27,6 +27,8 @@ Part = Literal[
     "unknown",
 ]
 
+FACTORS: tuple[Part, ...] = ("A", "B", "embedding_A", "embedding_B")
+
 _SUFFIXES: tuple[tuple[str, Part], ...] = (
     (".lora_A.weight", "A"),
     (".lora_B.weight", "B"),

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from loradock_adapters import strict_json
 from loradock_adapters.errors import ManifestError, NotFoundError
 from loradock_adapters.filetypes import (
     foreign_refused,
@@ -118,6 +119,7 @@ def scan(directory: Path) -> Scan:
                 problems.append(pickle_refused(path))
             case _:
                 skipped.append(path)
+    problems.extend(_case_clashes(kept))
     if not kept and not problems:
         problems.append(Problem("no_files", "the directory holds no file of a checkpoint", str(directory)))
     return Scan(directory, tuple(sorted(kept)), tuple(sorted(skipped)), tuple(problems))
@@ -179,11 +181,12 @@ def _rows(document: object) -> list[object]:
 def _parsed(text: str | bytes) -> object:
     if len(text) > MAX_DOCUMENT_BYTES:
         message = f"a manifest of {len(text)} bytes is over the limit of {MAX_DOCUMENT_BYTES}"
-        raise ManifestError([Problem("manifest_too_long", message)])
+        raise ManifestError([Problem("manifest_too_long", message, "manifest")])
     try:
-        document: object = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ManifestError([Problem("manifest_not_json", "the manifest is not valid JSON")]) from None
+        document: object = strict_json.loads(text)
+    except ValueError as error:
+        message = f"the manifest is not valid JSON: {ascii(str(error))[1:-1][:120]}"
+        raise ManifestError([Problem("manifest_not_json", message, "manifest")]) from None
     return document
 
 
@@ -235,6 +238,16 @@ def _clashes(entries: list[FileEntry]) -> Iterable[Problem]:
     for path in paths:
         if path.partition("/")[0] != path and path.partition("/")[0] in paths:
             yield Problem("path_clash", "a file and a folder of the same name", path)
+    yield from _case_clashes(paths)
+
+
+def _case_clashes(paths: Iterable[str]) -> Iterable[Problem]:
+    """Paths that are one file where upper and lower case are not told apart."""
+    spelled: dict[str, str] = {}
+    for path in sorted(set(paths)):
+        other = spelled.setdefault(path.lower(), path)
+        if other != path:
+            yield Problem("path_clash", f"differs from {other} only in upper and lower case", path)
 
 
 def _bad_path(path: object, where: str) -> Problem:

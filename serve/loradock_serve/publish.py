@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,8 @@ class Publisher:
         version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
-            parts = (self._store, manifest, directory, self._base, self._base_dir, self._judge)
+            judge_files = partial(self._judge, options.force)
+            parts = (self._store, manifest, directory, self._base, self._base_dir, judge_files)
             mended = await asyncio.to_thread(mend, *parts)
             if mended.manifest.digest == manifest.digest:
                 version, proof = await self._publish_mended(name, mended, options)
@@ -182,7 +184,7 @@ class Publisher:
         version: Version | None = None
         directory = await asyncio.to_thread(self._store.materialise, manifest)
         try:
-            checkpoint, verdict = await asyncio.to_thread(self._judge, directory, mended.findings)
+            checkpoint, verdict = await asyncio.to_thread(self._judge, options.force, directory, mended.findings)
             proof = await self._prove(manifest.digest, checkpoint, verdict, options)
             details = replace(Details.of(checkpoint), repairs=mended.repairs, proof=proof.to_json())
             details = replace(details, publisher=options.publisher, source=options.source)
@@ -197,12 +199,12 @@ class Publisher:
             await self._fleet.forget(digest)
             await asyncio.to_thread(self._store.discard_version, digest)
 
-    def _judge(self, directory: Path, found: Findings) -> tuple[Checkpoint, Verdict]:
+    def _judge(self, force: bool, directory: Path, found: Findings) -> tuple[Checkpoint, Verdict]:
         checkpoint = read_checkpoint(directory)
         base = self._base
         if checkpoint.passport is not None and checkpoint.passport.base.weights_sha256 is not None:
             base = replace(base, weights_sha256=self._weights_hash())
-        verdict = judge(checkpoint, base, self._limits, found=found)
+        verdict = judge(checkpoint, base, self._limits, force=force, found=found)
         if verdict.placement == "rejected":
             raise RefusedError(verdict.reasons)
         return checkpoint, verdict
@@ -220,8 +222,7 @@ class Publisher:
         try:
             await self._fleet.load(start, digest, checkpoint.directory)
         except EngineRefusedError as error:
-            fix = "the gate let pass what the engine cannot load: please report this adapter's config and tensor names"
-            raise RefusedError([Problem("engine_refused", str(error), "", fix)]) from error
+            raise RefusedError([Problem("engine_refused", str(error), "engine")]) from error
         except EngineUnavailableError as error:
             log.warning("%s is published unproven: %s", digest, error)
             return unproven(str(error))

@@ -15,7 +15,7 @@ import pytest
 from loradock_adapters import cli
 from loradock_adapters.cli import GROUP, run
 from loradock_testing.adapters_server import KEY, State, adapters_server
-from loradock_testing.checkpoints import LLAMA, write_adapter, write_full, write_json
+from loradock_testing.checkpoints import LLAMA, f32, lora_tensors, write_adapter, write_full, write_json
 
 HEAVY = ["torch", "transformers", "vllm", "fastapi", "sqlalchemy", "httpx", "numpy", "alembic", "peft"]
 
@@ -281,7 +281,13 @@ def test_light_client_can_do_everything(server: State, tmp_path: Path) -> None:
     ):
         ran = light(*arguments)
         assert ran.returncode == 0, (arguments, ran.stderr)
-        assert ("values were not looked at" in ran.stderr) == (arguments[0] == "inspect")
+
+
+def test_light_client_scans_values_without_numpy(tmp_path: Path) -> None:
+    tensors = {name: f32(*tensor[1], value=float("nan")) for name, tensor in lora_tensors().items()}
+    ran = light("inspect", str(write_adapter(tmp_path, tensors)), "--json")
+    assert ran.returncode == 1
+    assert json.loads(ran.stdout)["reasons"][0]["code"] == "not_finite"
 
 
 def test_command_whose_packages_are_missing_names_the_extra(

@@ -45,6 +45,11 @@ def test_every_code_that_the_program_says_is_in_the_table() -> None:
     assert sorted(said() - set(codes())) == []
 
 
+def test_every_code_of_the_table_is_one_that_the_program_says() -> None:
+    texts = "".join(path.read_text(encoding="utf-8") for path in SOURCES)
+    assert [name for name in codes() if f'"{name}"' not in texts] == []
+
+
 @pytest.mark.parametrize("name", codes())
 def test_code_says_what_it_means_and_a_refusal_what_to_do(name: str) -> None:
     code = codes()[name]

@@ -148,7 +148,7 @@ def test_tied_base_takes_adapters_on_its_output_matrix(tmp_path: Path) -> None:
     assert codes(verdict_of(adapter, base_from(tied))) == []
 
 
-def test_untrained_adapter_is_remarked(tmp_path: Path, base_dir: Path, base: BaseModel) -> None:
+def test_untrained_adapter_is_rejected(tmp_path: Path, base_dir: Path, base: BaseModel) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(base_dir)
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
@@ -159,7 +159,7 @@ def test_adapter_of_a_larger_base_is_rejected(tmp_path: Path, base: BaseModel) -
     larger = make_base(tmp_path / "tiny", hidden_size=32, num_hidden_layers=3)
     verdict = verdict_of(save(tmp_path / "adapter", larger), base)
     assert verdict.placement == "rejected"
-    assert set(codes(verdict)) == {"module_not_in_base", "shape_mismatch"}
+    assert set(codes(verdict)) == {"layer_beyond_base", "shape_mismatch"}
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,13 @@ def test_header_error_is_a_checkpoint_error() -> None:
     assert issubclass(HeaderError, CheckpointError)
 
 
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_read_header_whose_length_looks_like_a_pickle_is_read(length: int) -> None:
+    raw = with_header(json.dumps({"a": tensor()}).encode().ljust(length), bytes(24))
+    assert raw.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"))
+    assert list(read(raw)) == ["a"]
+
+
 OVERLAP = {"a": tensor(shape=(4,), begin=0, end=16), "b": tensor(shape=(4,), begin=8, end=24)}
 
 FAULTS: dict[str, tuple[bytes, str]] = {
@@ -86,6 +93,8 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "length_over_file": (struct.pack("<Q", 100) + b"{}", "header_truncated"),
     "length_zero": (struct.pack("<Q", 0), "header_not_json"),
     "pickle": (b"\x80\x04\x95\x00\x00\x00\x00\x00\x00\x00", "pickle_refused"),
+    "elf": (b"\x7fELF\x02\x01\x01\x00" + bytes(64), "executable_refused"),
+    "gzip": (b"\x1f\x8b\x08\x00" + bytes(64), "format_refused"),
     "torch_zip": (b"PK\x03\x04" + bytes(64), "pickle_refused"),
     "space_first": (with_header(b" {}"), "header_not_json"),
     "list": (with_header(b"[]"), "header_not_json"),
@@ -94,7 +103,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "not_utf8": (with_header(b'{"\xff": 1}'), "header_not_json"),
     "nan": (with_header(b'{"a": NaN}'), "header_not_json"),
     "deep": (with_header(b'{"a":' * 50_000), "header_not_json"),
-    "huge_number": (with_header(b'{"a":' + b"9" * 10_000 + b"}"), "header_not_json"),
+    "huge_number": (with_header(b'{"a":' + b"9" * 10_000 + b"}"), "tensor_fields"),
     "duplicate_tensor": (with_header(b'{"a":1,"a":1}'), "header_duplicate_key"),
     "duplicate_field": (with_header(b'{"a":{"dtype":"F32","dtype":"I8"}}'), "header_duplicate_key"),
     "duplicate_metadata": (with_header(b'{"__metadata__":{"a":"1","a":"2"}}'), "header_duplicate_key"),
@@ -103,7 +112,9 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "empty_name": (header({"": tensor()}), "tensor_name"),
     "control_character_name": (header({"a\x1b[31m": tensor()}), "tensor_name"),
     "nul_name": (header({"a\x00b": tensor()}), "tensor_name"),
-    "surrogate_name": (with_header(b'{"\\ud800": {}}'), "tensor_name"),
+    "surrogate_name": (with_header(b'{"\\ud800": {}}'), "header_not_json"),
+    "surrogate_metadata": (with_header(b'{"__metadata__": {"a": "\\udfff"}}'), "header_not_json"),
+    "cyrillic_name": (header({"q_pr\u043ej": tensor()}), "tensor_name"),
     "long_name": (header({"a" * 513: tensor()}), "tensor_name"),
     "not_an_object": (header({"a": [1]}), "tensor_fields"),
     "field_missing": (header({"a": {"dtype": "F32", "shape": []}}), "tensor_fields"),
@@ -114,6 +125,8 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "shape_float": (header({"a": tensor(shape=(2.0, 3))}), "tensor_shape"),
     "shape_bool": (header({"a": tensor(shape=(True, 6))}), "tensor_shape"),
     "shape_huge": (header({"a": tensor(shape=(2**60, 2**60))}), "tensor_shape"),
+    "shape_overflows_before_its_zero": (header({"a": tensor(shape=(2**40, 2**40, 0), end=0)}, 0), "tensor_shape"),
+    "shape_minus_zero": (with_header(b'{"a":{"dtype":"I8","shape":[-0],"data_offsets":[0,0]}}'), "tensor_shape"),
     "shape_text": (header({"a": tensor(shape="6")}), "tensor_shape"),
     "shape_long": (header({"a": tensor(shape=(1,) * 9, end=4)}, 4), "tensor_shape"),
     "offsets_three": (header({"a": {**tensor(), "data_offsets": [0, 24, 24]}}), "tensor_offsets"),

@@ -28,7 +28,6 @@ def inspect(
     from loradock_adapters.engine_rules import EngineLimits
     from loradock_adapters.gate import judge
     from loradock_adapters.repair import plan_repair, write_repaired
-    from loradock_adapters.values import can_scan
 
     checkpoint = read_checkpoint(path)
     served = base_from(find_base(base), model_id=base) if base is not None else None
@@ -61,7 +60,5 @@ def inspect(
             console.out(f"{'would repair:':<16}[{problem.code}] {problem}")
         for line in console.problem_lines(verdict.reasons):
             console.out(line)
-    if not can_scan():
-        console.note("the values were not looked at, for want of numpy; the server looks for NaN and infinity")
     if verdict.placement == "rejected":
         raise typer.Exit(1)
