@@ -25,7 +25,7 @@ import uvloop
 
 from gateways.client import Load, Timing, latencies, load
 from gateways.mock_engine import EVENTS
-from gateways.sides import LITELLM, MOCK, OURS, REQUIREMENTS, ROUTER, Side, running
+from gateways.sides import LITELLM, MOCK, OURS, REQUIREMENTS, ROUTER, TUNED_ROUTER, Side, running
 
 COLUMNS = ("answers", "gateway", "median_ms", "added_ms", "added_p95_ms", "added_first_ms", "per_s", "cpu_ms")
 
@@ -92,7 +92,7 @@ def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
         name: min(
             (mine["per_s"] / row["per_s"] for mine, row in zip(ours, _of(rows, name), strict=False)), default=None
         )
-        for name in (ROUTER, LITELLM)
+        for name in (ROUTER, TUNED_ROUTER, LITELLM)
     }
     return {
         "added_ms": max(row["added_ms"] for row in ours),

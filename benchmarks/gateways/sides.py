@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MOCK, OURS, ROUTER, LITELLM = "mock", "loradock", "vllm-router", "litellm"
+TUNED_ROUTER = "vllm-router, tuned"
+"""Spread blindly and silent but for errors; `ROUTER` does what it does by default, as ours, log lines included."""
 REQUIREMENTS = {ROUTER: "vllm-router==0.1.17", LITELLM: "litellm[proxy]==1.106.2"}
 START_TIMEOUT_S = 120
 TICKS_A_SECOND = os.sysconf("SC_CLK_TCK")
@@ -67,7 +69,9 @@ def running(place: Path, others: Path | None) -> Iterator[list[Side]]:
         sides = [mock, stack.enter_context(_loradock(place))]
         if others is not None:
             python = {name: _environment(others, name) for name in REQUIREMENTS}
-            sides.append(stack.enter_context(_router(place, python[ROUTER], mock)))
+            sides.append(stack.enter_context(_router(place, python[ROUTER], mock, ROUTER)))
+            tuning = ("--policy", "round_robin", "--log-level", "error")
+            sides.append(stack.enter_context(_router(place, python[ROUTER], mock, TUNED_ROUTER, *tuning)))
             sides.append(stack.enter_context(_litellm(place, python[LITELLM], mock)))
         yield sides
 
@@ -122,14 +126,13 @@ def _loradock(place: Path) -> Iterator[Side]:
 
 
 @contextlib.contextmanager
-def _router(place: Path, python: Path, mock: Side) -> Iterator[Side]:
-    port = _free_port()
+def _router(place: Path, python: Path, mock: Side, name: str, *tuning: str) -> Iterator[Side]:
+    port, log = _free_port(), place / f"{name}.log"
     command = [str(python.with_name("vllm-router")), "--worker-urls", f"http://127.0.0.1:{mock.port}"]
-    command += ["--port", str(port), "--prometheus-port", str(_free_port()), "--policy", "round_robin"]
-    command += ["--log-level", "error"]
-    with _process(command, place / "router.log") as process:
-        _until_healthy(process, place / "router.log", f"http://127.0.0.1:{port}/health")
-        yield Side(ROUTER, port, process.pid, tuple(command), _version(python, "vllm-router"))
+    command += ["--port", str(port), "--prometheus-port", str(_free_port()), *tuning]
+    with _process(command, log) as process:
+        _until_healthy(process, log, f"http://127.0.0.1:{port}/health")
+        yield Side(name, port, process.pid, tuple(command), _version(python, "vllm-router"))
 
 
 @contextlib.contextmanager
