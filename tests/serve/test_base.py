@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,10 @@ async def test_stop_and_kill_of_a_process_that_has_ended_do_nothing(tmp_path: Pa
     assert await process.wait() == 3
     await process.stop()
     await process.kill()
+
+
+def test_weights_are_read_where_the_engine_put_those_of_the_served_revision(tmp_path: Path) -> None:
+    served = replace(find_base(str(write_base(tmp_path / "base"))), model="org/name")
+    assert served.source == "org/name"
+    (tmp_path / "base" / "model.safetensors").touch()
+    assert served.source == str(tmp_path / "base")
