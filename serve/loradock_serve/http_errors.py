@@ -143,7 +143,8 @@ def explained(error: Exception) -> LoradockError | None:
     if not full:
         return None
     return serve.StorageFullError(
-        "The server's disk is full: nothing was stored. Free some room under its `data_dir`, then send this again"
+        "The server's disk is full: nothing that was there is lost, and what came of an upload is kept. Free some room "
+        "under its `data_dir`, then send this again"
     )
 
 

@@ -102,7 +102,7 @@ def sqlite_full() -> sa.exc.OperationalError:
 def test_full_disk_is_recognised_by_its_number(error: Exception) -> None:
     explanation = explained(error)
     assert isinstance(explanation, serve.StorageFullError)
-    assert "disk is full: nothing was stored" in str(explanation)
+    assert "disk is full: nothing that was there is lost" in str(explanation)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "x"), OSError("no space"), ValueError("x")])

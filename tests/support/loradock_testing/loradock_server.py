@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,10 +84,13 @@ def loradock_server(
     host: str = "127.0.0.1",
     environment: dict[str, str] | None = None,
     healthy: bool = True,
+    prefix: Sequence[str] = (),
+    data_elsewhere: Path | None = None,
     **config: Any,
 ) -> Iterator[LoradockServer]:
     """Run `loradock serve` until the block ends; `config` is the rest of its YAML.
 
+    `prefix` are words before the command, as `nsenter`'s; with `data_elsewhere`, `data_dir` holds its own log alone.
     Healthy when the block begins, unless `healthy` is False: then it listens, and its engine may still be starting.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -95,11 +98,13 @@ def loradock_server(
     run.mkdir()
     yaml = run / "serve.yaml"
     # JSON is YAML: no need of a writer here.
-    yaml.write_text(json.dumps({"base": str(base), "host": host, "port": 0, "data_dir": str(data_dir), **config}))
+    yaml.write_text(
+        json.dumps({"base": str(base), "host": host, "port": 0, "data_dir": str(data_elsewhere or data_dir), **config})
+    )
     log_path = run / "gateway.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "loradock_adapters.cli", "serve", str(yaml)],
+            [*prefix, sys.executable, "-m", "loradock_adapters.cli", "serve", str(yaml)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | (environment or {}),

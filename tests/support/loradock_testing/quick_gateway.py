@@ -12,7 +12,8 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from loradock_adapters.manifest import Manifest
@@ -24,12 +25,12 @@ START_TIMEOUT_S = 60.0
 
 
 @contextlib.contextmanager
-def fake_engine(root: Path) -> Iterator[str]:
-    """A fake engine, alive until the block ends; yields what `engine.url` says."""
+def fake_engine(root: Path, prefix: Sequence[str] = ()) -> Iterator[str]:
+    """A fake engine, alive until the block ends; yields what `engine.url` says. `prefix` as for `loradock_server`."""
     path = root / "engine.sock"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "loradock_testing.fake_engine", "--uds", str(path), "--served-model-name", "base"]
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen([*prefix, *command], env=environment)
     try:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not path.exists():
@@ -40,6 +41,51 @@ def fake_engine(root: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of a few megabytes, in a mount namespace of its own."""
+
+    prefix: tuple[str, ...]
+    """Words before a command that is to see it."""
+    path: Path
+    """Where such a command finds it."""
+    root: Path
+    """Where this process finds it."""
+
+    @property
+    def free_bytes(self) -> int:
+        disk = os.statvfs(self.root)
+        return disk.f_bavail * disk.f_frsize
+
+    def fill(self, leave_bytes: int = 0) -> None:
+        """Takes all the room, but for so much."""
+        with (self.root / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+            while (room_bytes := self.free_bytes - leave_bytes) > 0:
+                file.write(bytes(min(room_bytes, 1 << 20)))
+
+    def empty(self) -> None:
+        """Gives the room back."""
+        (self.root / "filler").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size_bytes: int) -> Iterator[SmallDisk]:
+    """Mounts it until the block ends. Needs no root: a user namespace may mount a tmpfs."""
+    path.mkdir(parents=True)
+    script = 'mount -t tmpfs -o "size=$1" tmpfs "$0" && echo mounted && exec sleep infinity'
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, str(path), str(size_bytes)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stderr is not None
+            told = holder.stdout.readline()
+            assert told == "mounted\n", f"no small file system to be had: {holder.stderr.read()}"
+            prefix = ("nsenter", "--preserve-credentials", "--user", "--mount", f"--target={holder.pid}")
+            yield SmallDisk(prefix, path, Path(f"/proc/{holder.pid}/root{path}"))
+        finally:
+            holder.kill()
 
 
 def free_port() -> int:
