@@ -149,7 +149,9 @@ class Publisher:
             except (RefusedError, DigestMismatchError):
                 await asyncio.to_thread(self._uploads.refused, options.publisher, manifest, self._registry.blobs)
                 raise
-            await asyncio.to_thread(self._uploads.published, manifest.blobs)
+            # What a repair replaced is in no version: it expires as what nobody published.
+            kept = await asyncio.to_thread(self._registry.manifest, published.version)
+            await asyncio.to_thread(self._uploads.published, kept.blobs)
             return published
 
     async def _publish(self, name: str, manifest: Manifest, options: Options) -> Published:
