@@ -23,6 +23,8 @@ EXAMPLES: list[tuple[LoradockError, int, str, str]] = [
     (serve.ForbiddenError("x"), 403, "permission_error", "forbidden"),
     (serve.ModelNotFoundError("x"), 404, "not_found_error", "model_not_found"),
     (serve.ConflictError("x"), 409, "conflict_error", "conflict"),
+    (serve.UploadStalledError("x"), 408, "timeout_error", "upload_stalled"),
+    (serve.TooManyUploadsError("x"), 429, "rate_limit_error", "too_many_uploads"),
     (serve.LengthRequiredError("x"), 411, "invalid_request_error", "length_required"),
     (serve.TooLargeError("x"), 413, "invalid_request_error", "too_large"),
     (serve.QueueFullError("x", code="queue_full", retry_after_s=3), 429, "rate_limit_error", "queue_full"),
@@ -47,6 +49,10 @@ EXAMPLES: list[tuple[LoradockError, int, str, str]] = [
     (adapters.DigestMismatchError("x"), 400, "invalid_request_error", "digest_mismatch"),
     (adapters.NotFoundError("x"), 404, "not_found_error", "not_found"),
     (adapters.MissingBlobsError(["aa"]), 409, "conflict_error", "missing_blobs"),
+    (adapters.UploadQuotaError("x"), 413, "invalid_request_error", "upload_quota"),
+    (adapters.WrongOffsetError("ab", 1, 2), 416, "invalid_request_error", "wrong_offset"),
+    (adapters.UploadBusyError("ab"), 423, "conflict_error", "upload_busy"),
+    (adapters.NoRoomError("x"), 507, "storage_error", "storage_full"),
     (adapters.RefusedError([PROBLEM]), 422, "invalid_request_error", "refused"),
     (adapters.HeaderError([PROBLEM]), 422, "invalid_request_error", "invalid_safetensors"),
     (adapters.RegistryError("x"), 500, "server_error", "registry"),
@@ -81,6 +87,9 @@ def test_headers_say_whether_to_come_again() -> None:
     assert error_response(serve.EngineUnavailableError("x", retry_after_s=7)).headers["retry-after"] == "7"
     full = serve.QueueFullError("x", code="tenant_queue_full", retry_after_s=30)
     assert error_response(full).headers["retry-after"] == "30"
+    assert error_response(adapters.UploadBusyError("ab")).headers["retry-after"] == "1"
+    assert error_response(adapters.WrongOffsetError("ab", 1, 2)).headers["upload-offset"] == "2"
+    assert error_response(serve.UploadStalledError("x")).headers["connection"] == "close"
     assert error_response(serve.ConflictError("x")).headers["x-should-retry"] == "false"
     assert error_response(adapters.MissingBlobsError(["a"])).headers["x-should-retry"] == "false"
     assert "retry-after" not in error_response(serve.BadRequestError("x")).headers
