@@ -46,6 +46,8 @@ class BaseModel:
     """Every tensor of the weights, norms and biases too; empty where the weights are not local."""
     weights_sha256: str | None = None
     """passport.weights_sha256() of the base, where somebody has computed it."""
+    directory: Path | None = None
+    """Where its files are; None of a parsed config."""
 
     @property
     def known(self) -> bool:
@@ -92,6 +94,7 @@ def base_from(
 
     Raises NotFoundError, BaseModelError. An unknown architecture without local weights is no error: `known` is False.
     """
+    directory: Path | None = None
     if isinstance(source, Mapping):
         config, shapes = source, {}
     else:
@@ -114,6 +117,7 @@ def base_from(
         model_id=model_id,
         tensor_names=frozenset(shapes),
         weights_sha256=weights_sha256,
+        directory=directory,
     )
 
 

@@ -16,6 +16,7 @@ from loradock_adapters.engine_rules import EngineLimits
 from loradock_adapters.findings import Findings
 from loradock_adapters.gate_full import judge_full
 from loradock_adapters.gate_lora import judge_lora
+from loradock_adapters.gate_passport import judge_passport
 from loradock_adapters.lora_keys import FACTORS, parse_key
 from loradock_adapters.problems import Problem
 from loradock_adapters.values import scan_values
@@ -57,8 +58,8 @@ def judge(
     """The verdict on a checkpoint.
 
     Without a base (an offline inspection) what hangs on it is left open, and said so. `check_values` reads the tensors'
-    values as well. With `force` an adapter that changes nothing is remarked on and not refused. `found` is what a
-    repair has to say of it.
+    values as well. With `force` an adapter that changes nothing, or whose passport names another base, is remarked on
+    and not refused. `found` is what a repair has to say of it.
     """
     findings = Findings(list(checkpoint.problems))
     if found is not None:
@@ -71,6 +72,7 @@ def judge(
     zero = _judge_values(checkpoint, findings) if check_values else frozenset()
     if checkpoint.kind == "lora":
         _judge_effect(checkpoint, zero, findings, force)
+    judge_passport(checkpoint, base, findings, force=force)
     placement: Placement = "shared" if checkpoint.kind == "lora" else "dedicated"
     if findings.detours:
         placement = "dedicated"

@@ -293,17 +293,10 @@ def _judge_embeddings(pairs: list[_Pair], base: BaseModel, findings: Findings) -
 
 
 def _judge_origin(checkpoint: Checkpoint, base: BaseModel, findings: Findings) -> None:
-    """Whether it was trained on the served base: by the weights' hash where both are known, else by name."""
+    """Whether it was trained on the served base, by name; gate_passport.py looks at the weights' hash where both are
+    known."""
     passport = checkpoint.passport
     if passport is not None and passport.base.weights_sha256 is not None and base.weights_sha256 is not None:
-        if passport.base.weights_sha256 != base.weights_sha256:
-            findings.refuse(
-                "base_weights_differ",
-                f"trained on weights {passport.base.weights_sha256[:12]}, "
-                f"the served base has {base.weights_sha256[:12]}",
-                "loradock.json: base.weights_sha256",
-                f"serve the base that it was trained on ({ascii(passport.base.model_id)[1:-1][:120]})",
-            )
         return
     trained_on = checkpoint.config.get("base_model_name_or_path")
     if isinstance(trained_on, str) and base.model_id is not None:

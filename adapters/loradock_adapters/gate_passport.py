@@ -14,29 +14,25 @@ from loradock_adapters.base import BaseModel
 from loradock_adapters.checkpoint import Checkpoint
 from loradock_adapters.findings import Findings
 from loradock_adapters.passport import Passport
-from loradock_adapters.vocabulary import Vocabulary
+from loradock_adapters.vocabulary import TOKENIZER_JSON, Vocabulary, read_vocabulary
 
 _SHOWN = 5
 
 
-def judge_passport(
-    checkpoint: Checkpoint,
-    base: BaseModel | None,
-    vocabulary: Vocabulary | None,
-    findings: Findings,
-    *,
-    force: bool = False,
-) -> None:
-    """Adds everything there is to say about a passport; nothing where there is none.
-
-    `vocabulary`: of the tokenizer that the version will be served with: the base's, or a full model's own.
-    """
+def judge_passport(checkpoint: Checkpoint, base: BaseModel | None, findings: Findings, *, force: bool = False) -> None:
+    """Adds everything there is to say about a passport; nothing where there is none. After all other checks: whether
+    the checkpoint gets an engine of its own decides whose tokenizer it is served with."""
     passport = checkpoint.passport
     if passport is None:
         return
     if checkpoint.kind == "lora" and base is not None:
         _judge_weights(passport, base, findings, force=force)
         _judge_ids(checkpoint, passport, base.vocab_size, findings)
+    has_engine = checkpoint.kind == "full" or bool(findings.detours)
+    own = has_engine and TOKENIZER_JSON in checkpoint.file_names
+    directory = checkpoint.directory if own else base.directory if base is not None else None
+    says = passport.vocabulary_sha256 is not None or passport.special_tokens
+    vocabulary = read_vocabulary(directory) if says and directory is not None else None
     if vocabulary is not None:
         _judge_vocabulary(passport, vocabulary, findings, force=force)
     _judge_template(checkpoint, passport, findings)
@@ -45,12 +41,7 @@ def judge_passport(
 def _judge_weights(passport: Passport, base: BaseModel, findings: Findings, *, force: bool) -> None:
     trained, served = passport.base.weights_sha256, base.weights_sha256
     model_id = ascii(passport.base.model_id)[1:-1][:120]
-    if trained is None:
-        return
-    if served is None:
-        if base.model_id is not None and not base.exact:
-            message = f"trained on weights {trained[:12]} of {model_id}; those of the served base are not local"
-            findings.remark("passport_base_unchecked", message, "loradock.json: base.weights_sha256")
+    if trained is None or served is None:  # of a Hub id nobody has hashed them: the engine's proof compares it
         return
     if trained != served:
         say = findings.remark if force else findings.refuse

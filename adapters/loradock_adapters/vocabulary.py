@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -29,10 +30,22 @@ class Vocabulary:
 
 
 def read_vocabulary(directory: Path) -> Vocabulary | None:
-    """The vocabulary of a model's directory; None where it has no tokenizer.json, or one that cannot be read."""
+    """The vocabulary of a model's directory; None where it has no tokenizer.json, or one that cannot be read.
+
+    Kept for a few files, as long as they stay as they are: those of large vocabularies take half a second.
+    """
     path = directory / TOKENIZER_JSON
     try:
-        if not path.is_file() or path.stat().st_size > MAX_TOKENIZER_BYTES:
+        status = path.stat()
+    except OSError:
+        return None
+    return _read(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, _changed_ns: int, size_bytes: int) -> Vocabulary | None:
+    try:
+        if not path.is_file() or size_bytes > MAX_TOKENIZER_BYTES:
             return None
         content = path.read_bytes()
         document = json.loads(content)

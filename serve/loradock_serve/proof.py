@@ -39,7 +39,7 @@ class Tolerance:
 TOLERANCES: Mapping[str, Tolerance] = {
     "float32": Tolerance(0.005, 0.05, 1e-4),
     "float16": Tolerance(0.05, 0.2, 0.02),
-    "bfloat16": Tolerance(0.2, 0.5, 0.1),
+    "bfloat16": Tolerance(0.25, 0.5, 0.1),
     "quantised": Tolerance(0.3, 1.5, 0.1),
 }
 """By the coarsest type on either side, the finest first."""

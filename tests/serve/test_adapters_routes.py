@@ -134,6 +134,7 @@ async def test_new_version_is_created_and_the_same_bytes_again_are_not(
         "split": None,
         "state": "ready",
         "repairs": [],
+        "source": None,
         "proof": first.json()["proof"],
     }
     (line,) = [record.getMessage() for record in caplog.records if record.name == "loradock.publish"]

@@ -45,6 +45,15 @@ def prompts_of(base_dir: Path) -> list[list[int]]:
 
 def good_adapters(root: Path, base_dir: Path, count: int, trained_on: Path | None = None) -> Iterator[Figured]:
     """Random adapters of all shapes and strengths; their figures come from the base `trained_on`, by default this."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+    try:
+        yield from _good_adapters(root, base_dir, count, trained_on)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _good_adapters(root: Path, base_dir: Path, count: int, trained_on: Path | None) -> Iterator[Figured]:
     prompts = prompts_of(base_dir)
     source = trained_on or base_dir
     plain: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
