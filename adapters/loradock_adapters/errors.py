@@ -37,6 +37,8 @@ class LoradockError(Exception):
 
     code: str = "loradock_error"
     exit_code: int = 1
+    param: str | None = None
+    """The part of a request that it is about, where it is always the same."""
 
 
 class UsageError(LoradockError):
@@ -50,6 +52,7 @@ class InvalidNameError(UsageError):
     """A model name, or a reference to a version of one, that is not well-formed."""
 
     code = "invalid_name"
+    param = "name"
 
 
 class InvalidSourceError(UsageError):
@@ -108,12 +111,14 @@ class DigestMismatchError(LoradockError):
     """Bytes whose sha256 or size is not the announced one."""
 
     code = "digest_mismatch"
+    param = "sha256"
 
 
 class MissingBlobsError(LoradockError):
     """A manifest that names bytes which the store does not hold."""
 
     code = "missing_blobs"
+    param = "files"
 
     def __init__(self, missing: Sequence[str]) -> None:
         self.missing: tuple[str, ...] = tuple(missing)

@@ -25,6 +25,7 @@ def judge_full(checkpoint: Checkpoint, findings: Findings) -> None:
     findings.detour(
         "full_weights",
         "complete weights are served by an engine of their own",
+        MODEL_CONFIG,
         fix="to share the base's engine: `loradock extract` makes an adapter where the change is of low rank",
     )
 

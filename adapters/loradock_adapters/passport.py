@@ -81,7 +81,11 @@ def read_passport(directory: Path) -> Passport | None:
         return Passport.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise CheckpointError(
-            Problem("passport_invalid", detail["msg"], ": ".join([PASSPORT_NAME, ".".join(map(str, detail["loc"]))]))
+            Problem(
+                "passport_invalid",
+                detail["msg"],
+                ": ".join(filter(None, [PASSPORT_NAME, ".".join(map(str, detail["loc"]))])),
+            )
             for detail in error.errors(include_url=False, include_input=False, include_context=False)
         ) from None
 

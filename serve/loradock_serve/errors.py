@@ -132,6 +132,7 @@ class LengthRequiredError(GatewayError):
     """An upload without a Content-Length header."""
 
     code = "length_required"
+    param = "content-length"
 
 
 class TooManyUploadsError(GatewayError):
@@ -157,6 +158,7 @@ class TooLargeError(GatewayError):
     """A body, or a file that a header announces, is over the limit."""
 
     code = "too_large"
+    param = "body"
 
 
 class DeadlineError(GatewayError):

@@ -1,10 +1,10 @@
 """A request's JSON object, read with a limit. Knows nothing of what is in it."""
 
-import json
 from typing import Any
 
 from fastapi import Request
 
+from loradock_adapters import strict_json
 from loradock_serve.errors import BadRequestError, TooLargeError
 
 MAX_BODY_BYTES = 1024**2
@@ -23,9 +23,10 @@ async def json_object(request: Request, *, may_be_missing: bool = False) -> dict
     if may_be_missing and not gathered:
         return {}
     try:
-        data = json.loads(bytes(gathered))
-    except (ValueError, RecursionError) as error:
-        raise BadRequestError(f"The body is not valid JSON: {error}", code="invalid_json") from error
+        data = strict_json.loads(bytes(gathered))
+    except ValueError as error:
+        message = f"The body is not valid JSON: {ascii(str(error))[1:-1][:200]}"
+        raise BadRequestError(message, param="body", code="invalid_json") from error
     if not isinstance(data, dict):
-        raise BadRequestError("The body must be a JSON object", code="invalid_json")
+        raise BadRequestError("The body must be a JSON object", param="body", code="invalid_json")
     return data
