@@ -228,6 +228,16 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(default=None, ge=1)
     """Steps between two validations. Default: at the end of every epoch, and at the end of the run."""
 
+    save_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps between two saves, from which a run that was killed goes on (`--resume`). Default: by time
+    alone."""
+
+    save_every_s: float | None = Field(default=900.0, gt=0)
+    """Seconds between two saves, where no save_steps is due earlier. Default 900; null: by save_steps alone."""
+
+    keep: int = Field(default=1, ge=1)
+    """Saves kept while the run lasts, the newest; a finished run needs none. Default 1, minimum 1."""
+
     num_probe_prompts: int = Field(default=4, ge=1, le=16)
     """Prompts on which the exported checkpoint is compared with the trained model. Default 4."""
 

@@ -5,7 +5,9 @@ LoradockError
 │   ├── ConfigError           the YAML (or --set) is wrong; `problems` holds all of them at once
 │   ├── DataError             a row of the data is wrong; `problems` names file and line
 │   ├── ModelError            the model or tokenizer that was named cannot be used
+│   ├── ResumeError           a save cannot be gone on from: what it was made from has changed, or it is damaged
 │   └── OutputError           the output directory already holds a run
+├── RunStopped                exit code 0: asked to stop, the run saved where it stood
 └── TrainError                exit code 1
     ├── ExtractError          a full fine-tune whose change is not, or not well enough, a LoRA
     ├── LossError             the loss became NaN or infinite
@@ -14,6 +16,7 @@ LoradockError
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from loradock_adapters.errors import LoradockError, UsageError
 
@@ -65,6 +68,23 @@ class OutputError(UsageError):
     """The output directory cannot be used."""
 
     code = "output_exists"
+
+
+class ResumeError(_ProblemsError):
+    """The save is not one that this run can go on from."""
+
+    code = "cannot_resume"
+
+
+class RunStopped(LoradockError):  # noqa: N818 - it is no error: the run was asked to stop, and did
+    """SIGTERM or Ctrl-C: the run saved where it stood and ended. `save` is the directory of the save."""
+
+    code = "run_stopped"
+    exit_code = 0
+
+    def __init__(self, step: int, save: Path) -> None:
+        self.step, self.save = step, save
+        super().__init__(f"stopped at step {step}, saved in {save}; resume with resume=True (--resume)")
 
 
 class TrainError(LoradockError):

@@ -6,6 +6,7 @@ A transformers callback; knows nothing of data or checkpoints.
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from loradock_train.schedule import Length
 class Meter:
     """Time and tokens of one training run; the trainer counts, schedule and reports read."""
 
-    def __init__(self) -> None:
-        self.tokens = 0
+    def __init__(self, tokens: int = 0, earlier_s: float = 0.0) -> None:
+        self.tokens = tokens
         """Tokens put through the model so far, padding excluded."""
+        self._earlier_s = earlier_s
         self._started_s: float | None = None
         self._stopped_s: float | None = None
 
@@ -34,10 +36,10 @@ class Meter:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds of training so far; 0 before it starts."""
+        """Seconds of training so far, those before a resume included; 0 before it starts."""
         if self._started_s is None:
-            return 0.0
-        return (time.monotonic() if self._stopped_s is None else self._stopped_s) - self._started_s
+            return self._earlier_s
+        return self._earlier_s + (time.monotonic() if self._stopped_s is None else self._stopped_s) - self._started_s
 
     @property
     def tokens_per_s(self) -> float:
@@ -48,10 +50,13 @@ class Meter:
 class Reporter(TrainerCallback):
     """Draws the bar, writes metrics.jsonl, ends the run at its time limit and at a loss that is no number."""
 
-    def __init__(self, path: Path, length: Length, meter: Meter, console: Console) -> None:
-        self.history: list[dict[str, Any]] = []
+    def __init__(
+        self, path: Path, length: Length, meter: Meter, console: Console, history: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """history: the lines that the run wrote before it was resumed."""
+        self.history: list[dict[str, Any]] = list(history)
         self._path, self._length, self._meter = path, length, meter
-        self._last_step_s = 0.0
+        self._last_step_s = meter.elapsed_s
         self._slowest_step_s = 0.0
         columns = (
             TextColumn("{task.description}"),

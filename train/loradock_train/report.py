@@ -72,7 +72,7 @@ def summarise(
         "used_own_loss": outcome.used_own_loss,
         "data": {key: asdict(report) for key, report in reports.items()},
         "notices": notices,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": versions(),
     }
 
 
@@ -131,6 +131,11 @@ def card_license(base: Path | None) -> str | None:
 
 def _peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide the numbers."""
+    return {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str:

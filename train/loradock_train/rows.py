@@ -45,6 +45,8 @@ class Rows:
     rows: tuple[Row, ...]
     sha256: str
     """Hash over the bytes of all files, in order."""
+    files: tuple[tuple[str, str], ...] = ()
+    """Path and sha256 of every file, in order."""
 
 
 def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) -> Rows:
@@ -52,9 +54,11 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
     problems: list[Problem] = []
     rows: list[Row] = []
     digest = hashlib.sha256()
+    files: list[tuple[str, str]] = []
     for file in data_files(paths, key):
         content = file.read_bytes()
         digest.update(content)
+        files.append((str(file), hashlib.sha256(content).hexdigest()))
         rows.extend(_read_file(file, content, problems))
     if problems:
         raise DataError(f"{key} has {_count(len(problems), 'broken line')}:", problems)
@@ -64,7 +68,7 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
     problems = [Problem(row.where, message) for row in rows for message in _check(row.values, found)]
     if problems:
         raise DataError(f"{key} has {_count(len(problems), 'problem')}:", problems)
-    return Rows(found, tuple(rows), digest.hexdigest())
+    return Rows(found, tuple(rows), digest.hexdigest(), tuple(files))
 
 
 def data_files(paths: Sequence[str], key: str) -> list[Path]:

@@ -3,15 +3,17 @@
     run = train("lora.yaml", output="runs/lora")
 
 The run directory holds config.yaml (resolved), metrics.jsonl, loss.png, run.json (written last: its presence says
-the run is complete) and checkpoint/ (what `loradock push` publishes).
+the run is complete) and checkpoint/ (what `loradock push` publishes); while the run lasts, saves/ (what `resume` goes
+on from).
 """
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from loradock_train.config import LoraOptions, TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.dataset import Collator, DataReport, build_dataset
 from loradock_train.encode import Encoder
-from loradock_train.errors import DataError, OutputError, Problem
+from loradock_train.errors import DataError, Problem, RunStopped
 from loradock_train.export import save_adapter, save_full, write_atomically
 from loradock_train.loss import can_own_loss
 from loradock_train.model import (
@@ -45,16 +47,18 @@ from loradock_train.model import (
     load_model,
     make_model,
 )
+from loradock_train.order import Order
 from loradock_train.plot import plot_loss
 from loradock_train.progress import Meter, Reporter
 from loradock_train.proof import MAX_PROMPT_TOKENS, Proof, probe_logits, prove, reload_logits
-from loradock_train.report import Outcome, make_passport, summarise
+from loradock_train.report import Outcome, make_passport, summarise, versions
 from loradock_train.rows import Rows, read_rows
-from loradock_train.schedule import Length, learning_rate_factor, length_of
-from loradock_train.tokenizer import make_tokenizer, padding_id
+from loradock_train.rundir import check_output, prepare_output
+from loradock_train.saves import FOLDER, Position, Save, check_same, check_same_base, identity_of, write_save
+from loradock_train.schedule import learning_rate_factor, length_of
+from loradock_train.stop import Saver, StopRequest
+from loradock_train.tokenizer import make_tokenizer, padding_id, tokenizer_sha256
 from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
-
-OUR_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "run.json", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Run:
 class _Data:
     """Both splits, ready for the trainer."""
 
-    rows: Rows
+    splits: dict[str, Rows]
     train: datasets.Dataset
     valid: datasets.Dataset | None
     reports: dict[str, DataReport]
@@ -100,6 +104,7 @@ def train(
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     console: Console | None = None,
 ) -> Run:
     """Train what the config says.
@@ -108,15 +113,17 @@ def train(
     overrides: `key=value` texts, as for `--set`; only with a path.
     output: run directory; default the config's output_dir, else runs/<name of the YAML>.
     overwrite: replace a run that is already there.
+    resume: go on from the newest save of an unfinished run; where nothing was saved, begin.
     console: where progress is shown; default stderr.
-    Raises UsageError and its kin for bad input, TrainError when training or its proof fails.
+    Raises UsageError and its kin for bad input, TrainError when training or its proof fails, RunStopped when SIGTERM
+    or Ctrl-C ended it early and it saved where it stood.
     """
     console = console if console is not None else Console(stderr=True)
     config, notices, name = _resolve(config, overrides)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("training with several processes is not there yet; start `loradock train` without a launcher")
     directory = Path(output if output is not None else config.output_dir or Path("runs") / name)
-    _check_output(directory, overwrite)
+    save = check_output(directory, overwrite, resume)
     started_s = time.monotonic()
     set_seed(config.seed)
 
@@ -130,16 +137,28 @@ def train(
     for key, report in data.reports.items():
         notices.extend(report.notices(key, config.context_length))
 
+    identity = identity_of(config, data.splits, tokenizer_sha256(tokenizer), versions())
+    if save is not None:
+        notices.extend(check_same(save, identity))
     precision, model, base_logits = _prepare_model(config, architecture, tokenizer, data)
     if config.lora_config is not None:
         notices.extend(_placement_notices(config.lora_config))
 
-    _prepare_output(directory, overwrite)
+    if save is not None:
+        check_same_base(save, base_logits)
+    prepare_output(directory, save)
     _write_text(directory / "config.yaml", yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
     for notice in notices:
         console.print(f"note: {notice}", markup=False, highlight=False)
     _announce(console, config, model, data, precision)
-    outcome = _fit(config, model, tokenizer, data, precision, directory, console)
+    if resume:
+        console.print(
+            f"resuming at step {save.position.step}" if save is not None else "nothing was saved: beginning at step 0",
+            markup=False,
+            highlight=False,
+        )
+    write = partial(write_save, directory, identity=identity, model=model, base_logits=base_logits, keep=config.keep)
+    outcome = _fit(config, model, tokenizer, data, precision, directory, console, save, write)
 
     trained_logits = probe_logits(model, data.probes)
     summary = summarise(config, model, data.reports, precision, outcome, notices)
@@ -153,6 +172,7 @@ def train(
     summary["total_seconds"] = round(time.monotonic() - started_s, 2)
     plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
     _write_text(directory / "run.json", json.dumps(summary, indent=2) + "\n")
+    shutil.rmtree(directory / FOLDER, ignore_errors=True)
     return Run(directory, config.kind, summary)
 
 
@@ -171,30 +191,6 @@ def _resolve(
     return resolved, notices, Path(config).stem
 
 
-def _check_output(directory: Path, overwrite: bool) -> None:
-    """A run is never replaced by accident, and a folder of other things is never written into."""
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"the output {directory} is a file; give a directory with --output")
-    inside = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
-    if inside & {"run.json", "checkpoint"} and not overwrite:
-        raise OutputError(f"{directory} already holds a run; give another --output, or --overwrite to replace it")
-    if inside - set(OUR_FILES) and not inside & set(OUR_FILES):
-        raise OutputError(f"{directory} is not empty and holds no run; give another --output")
-
-
-def _prepare_output(directory: Path, overwrite: bool) -> None:
-    """Called when everything was checked. Removes only what a run writes: an earlier run, or the rest of a broken
-    one."""
-    _check_output(directory, overwrite)
-    directory.mkdir(parents=True, exist_ok=True)
-    for name in OUR_FILES:
-        path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> _Data:
     if config.packing and rows.format != "text":
         raise DataError(
@@ -211,7 +207,8 @@ def _load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBa
         valid_set, reports["valid"] = build_dataset(valid_rows, *options, "valid_path")
     probed = (valid_rows if valid_rows is not None else rows).rows[: config.num_probe_prompts]
     probes = [encoder.prompt_ids(row, rows.format)[:MAX_PROMPT_TOKENS] for row in probed]
-    return _Data(rows, train_set, valid_set, reports, probes)
+    splits = {"train": rows} if valid_rows is None else {"train": rows, "valid": valid_rows}
+    return _Data(splits, train_set, valid_set, reports, probes)
 
 
 def _prepare_model(
@@ -268,51 +265,56 @@ def _fit(
     precision: Precision,
     directory: Path,
     console: Console,
+    save: Save | None,
+    write: Callable[[Position, Callable[[Path], None]], Path],
 ) -> Outcome:
+    """Train to the end. Raises RunStopped where a signal ends it earlier."""
     collate = Collator(padding_id(tokenizer))
     use_own = can_own_loss(inner_model(model), torch.as_tensor(data.train[0]["input_ids"]).to(model.device))
     length = length_of(config, len(data.train), num_devices=1)
-    meter = Meter()
-    reporter = Reporter(directory / "metrics.jsonl", length, meter, console)
-    with loss_context(inner_model(model), use_own):
-        trainer = _trainer(config, model, data, precision, directory, collate, length, meter, reporter)
+    meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)
+    history = [] if save is None else save.position.history
+    reporter = Reporter(directory / "metrics.jsonl", length, meter, console, history)
+    request = StopRequest()
+    with loss_context(inner_model(model), use_own), request.on_signals():
+        trainer = LoradockTrainer(
+            rate=lambda step: learning_rate_factor(config, length, step, meter.elapsed_s),
+            order=_order(config, data.train),
+            steps_per_epoch=length.steps_per_epoch,
+            meter=meter,
+            reporter=reporter,
+            saver=Saver(config, request),
+            write=write,
+            model=model,
+            args=training_arguments(config, length, precision, directory),
+            data_collator=collate,
+            train_dataset=data.train,
+            eval_dataset=data.valid,
+        )
         try:
-            trainer.train()
+            if save is None:
+                trainer.train()
+            else:
+                trainer.go_on(save)
             meter.stop()
+            steps = trainer.state.global_step
+            if request.is_set and trainer.last_save is not None and trainer.last_save[0] == steps:
+                raise RunStopped(*trainer.last_save)
             if data.valid is not None and not (reporter.history and "eval_loss" in reporter.history[-1]):
                 trainer.evaluate()
         finally:
             reporter.close()
     model.__dict__.pop("forward", None)  # accelerate's autocast wrapper: proof and export want the bare model
-    steps = trainer.state.global_step
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return Outcome(
         steps, steps / length.steps_per_epoch, meter.elapsed_s, meter.tokens, reporter.history, use_own, device
     )
 
 
-def _trainer(
-    config: TrainConfig,
-    model: Any,
-    data: _Data,
-    precision: Precision,
-    directory: Path,
-    collate: Collator,
-    length: Length,
-    meter: Meter,
-    reporter: Reporter,
-) -> LoradockTrainer:
-    arguments = training_arguments(config, length, precision, directory)
-    return LoradockTrainer(
-        rate=lambda step: learning_rate_factor(config, length, step, meter.elapsed_s),
-        meter=meter,
-        reporter=reporter,
-        model=model,
-        args=arguments,
-        data_collator=collate,
-        train_dataset=data.train,
-        eval_dataset=data.valid,
-    )
+def _order(config: TrainConfig, rows: datasets.Dataset) -> Order:
+    lengths = [int(length) for length in rows["length"]]
+    rows_per_step = config.train_batch_size_per_device * config.gradient_accumulation_steps
+    return Order(lengths, rows_per_step, config.group_by_length, config.seed)
 
 
 # ---- after ---------------------------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def _export(
                 next(inner_model(model).parameters()).dtype,
             )
         )
-        write_passport(temporary, make_passport(config, tokenizer, data.rows.sha256, summary, proofs[0]))
+        write_passport(temporary, make_passport(config, tokenizer, data.splits["train"].sha256, summary, proofs[0]))
         _write_text(temporary / "README.md", model_card(config, directory.resolve().name, summary))
 
     write_atomically(directory / "checkpoint", fill)

@@ -1,6 +1,8 @@
 """The tokenizer of a run: the model's own, another's, or a byte-level BPE trained on the run's data; and its chat
 template."""
 
+import hashlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,14 @@ def _texts(rows: Rows, config: TrainConfig) -> Iterator[str]:
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """The tokenizer's files, chat template included."""
     tokenizer.save_pretrained(str(directory))
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash of tokenizer.json as it is saved; None for a tokenizer that has no such file."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tokenizer, Path(folder))
+        file = Path(folder) / "tokenizer.json"
+        return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _first_line(error: Exception) -> str:

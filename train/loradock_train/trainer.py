@@ -1,6 +1,7 @@
-"""transformers' Trainer, with what it lacks: validation weighted by tokens, our schedule, and no clutter.
+"""transformers' Trainer, with what it lacks: validation weighted by tokens, our schedule, an order of rows and random
+numbers that follow from seed and step, saves that are whole or absent, and no clutter.
 
-Knows nothing of files: what to do with the trained model is export.py's and run.py's work.
+What to do with the trained model is export.py's and run.py's work; what a save holds is said in saves.py.
 """
 
 import contextlib
@@ -13,14 +14,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from loradock_train.config import TrainConfig
 from loradock_train.encode import IGNORED
 from loradock_train.loss import own_loss
 from loradock_train.model import Precision
+from loradock_train.order import EpochSampler, Order, seed_step
 from loradock_train.progress import Meter, Reporter
+from loradock_train.saves import Position, Save, load_weights
 from loradock_train.schedule import Length
+from loradock_train.stop import Saver
 
 
 class LoradockTrainer(Trainer):
@@ -31,11 +43,63 @@ class LoradockTrainer(Trainer):
     otherwise).
     """
 
-    def __init__(self, *, rate: Callable[[int], float], meter: Meter, reporter: Reporter, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        rate: Callable[[int], float],
+        order: Order,
+        steps_per_epoch: int,
+        meter: Meter,
+        reporter: Reporter,
+        saver: Saver,
+        write: Callable[[Position, Callable[[Path], None]], Path],
+        **options: Any,
+    ) -> None:
         self.meter = meter
-        self._rate = rate
-        super().__init__(**options, callbacks=[reporter])
+        self.last_save: tuple[int, Path] | None = None
+        """Step and directory."""
+        self._rate, self._order, self._steps_per_epoch = rate, order, steps_per_epoch
+        self._reporter, self._write = reporter, write
+        self._resumed: Position | None = None
+        super().__init__(**options, callbacks=[reporter, saver, _Hooks(self)])
         self.remove_callback(PrinterCallback)
+
+    # ---- exact resume ------------------------------------------------------------------------------------------------
+
+    def go_on(self, save: Save) -> None:
+        """Train from where the save stands."""
+        self._resumed = save.position
+        self.train(resume_from_checkpoint=str(save.directory))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return EpochSampler(self._order, lambda: self.state.global_step // self._steps_per_epoch)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        position = Position(
+            step=self.state.global_step,
+            tokens=self.meter.tokens,
+            elapsed_s=self.meter.elapsed_s,
+            loss_sum=float(self._tr_loss),
+            logged_step=self._globalstep_last_logged,
+            history=self._reporter.history,
+        )
+        self.last_save = (position.step, self._write(position, self._fill))
+
+    def _fill(self, directory: Path) -> None:
+        self._save_optimizer_and_scheduler(str(directory))
+        self._save_scaler(str(directory))
+        self.state.save_to_json(str(directory / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(Path(resume_from_checkpoint), cast(nn.Module, self.model))
+
+    def restore_sums(self) -> None:
+        """The loss since the last log, which transformers begins anew on resume."""
+        if self._resumed is not None:
+            self._tr_loss.fill_(self._resumed.loss_sum)
+            self._globalstep_last_logged = self._resumed.logged_step
+
+    # ---- steps and validation ----------------------------------------------------------------------------------------
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Ours: it follows the clock where the run has a time limit."""
@@ -82,14 +146,31 @@ class LoradockTrainer(Trainer):
         return metrics
 
 
+class _Hooks(TrainerCallback):
+    """What must happen at a moment of the loop that only callbacks are told of."""
+
+    def __init__(self, trainer: LoradockTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.restore_sums()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        seed_step(args.seed, state.global_step, args.process_index)
+
+
 def training_arguments(config: TrainConfig, length: Length, precision: Precision, directory: Path) -> TrainingArguments:
     """Our config in transformers' words. Nothing is reported, saved or measured that we do not ask for."""
     if config.valid_path is None:
         evaluation: dict[str, Any] = {"eval_strategy": "no"}
-    elif config.eval_steps is not None:
-        evaluation = {"eval_strategy": "steps", "eval_steps": config.eval_steps}
     else:
-        evaluation = {"eval_strategy": "epoch"}
+        # The end of an epoch is a step, too: so its validation comes before the step's save, and not twice on resume.
+        steps = config.eval_steps if config.eval_steps is not None else length.steps_per_epoch
+        evaluation = {"eval_strategy": "steps", "eval_steps": steps}
     has_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=str(directory),
@@ -99,7 +180,6 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         gradient_checkpointing=config.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         learning_rate=config.peak_learning_rate,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
@@ -112,7 +192,7 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
         logging_steps=config.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen, not smoothed away
-        save_strategy="no",
+        save_strategy="no",  # ours decides (stop.py)
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,

@@ -3,6 +3,7 @@
 loradock train lora.yaml --set lora_config.r=16 --output runs/lora-16
 """
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,7 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<name of the YAML>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter, a full fine-tune, or a model from scratch."""
@@ -24,13 +26,29 @@ def train(
     load_config(config, set_ or [])  # a typo is told before the heavy imports, not after ten seconds
     from transformers.utils import logging
 
-    from loradock_adapters.console import err, out, out_json
+    from loradock_adapters.console import err, note, out, out_json
+    from loradock_train.errors import RunStopped
     from loradock_train.run import train as run_training
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    run = run_training(config, overrides=set_ or [], output=output, overwrite=overwrite, console=err)
+    try:
+        run = run_training(config, overrides=set_ or [], output=output, overwrite=overwrite, resume=resume, console=err)
+    except RunStopped as stop:
+        note(f"stopped at step {stop.step}, saved in {stop.save}; resume with")
+        note(f"    {_again(config, set_, output)}")
+        return
     if as_json:
         out_json(run.summary)
     else:
         out(str(run.checkpoint))
+
+
+def _again(config: Path, overrides: list[str] | None, output: Path | None) -> str:
+    """The command that goes on with this run."""
+    words = ["loradock", "train", str(config)]
+    for override in overrides or []:
+        words += ["--set", override]
+    if output is not None:
+        words += ["--output", str(output)]
+    return shlex.join([*words, "--resume"])

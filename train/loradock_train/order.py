@@ -1,0 +1,73 @@
+"""Chance, as a function of the seed and of where the run stands: which rows an epoch takes in which order, and the
+random numbers of a step (dropout).
+
+Nothing here depends on what was drawn before. So a run that goes on from a save draws what the uninterrupted run
+draws, whatever happened between: a validation, a loader that was made anew, another version of the loop around it.
+(transformers' Trainer shuffles from torch's global generator at the moment when an epoch begins; resumed in the middle
+of an epoch it begins that epoch in another order.)
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+MEGABATCH_UNITS = 50
+"""Steps whose rows are sorted by length together. More pads less, and mixes less."""
+_ORDER, _STEP = 1, 2  # so that no epoch shares its numbers with a step
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the rows of a run are shuffled."""
+
+    lengths: Sequence[int]
+    """Tokens of each row."""
+    rows_per_step: int
+    by_length: bool
+    """Put rows of like length in a step."""
+    seed: int
+
+    def of_epoch(self, epoch: int) -> list[int]:
+        """A permutation of the rows. by_length: the step with the longest row comes first, so that a batch that does
+        not fit into memory fails at once; steps of fewer rows come last."""
+        chance = np.random.default_rng((self.seed, _ORDER, epoch))
+        rows = chance.permutation(len(self.lengths))
+        if not self.by_length:
+            return [int(row) for row in rows]
+        lengths = np.asarray(self.lengths)
+        size = self.rows_per_step * max(1, min(len(rows) // (4 * self.rows_per_step), MEGABATCH_UNITS))
+        steps: list[np.ndarray] = []
+        for start in range(0, len(rows), size):
+            mega = rows[start : start + size]
+            mega = mega[np.argsort(-lengths[mega], kind="stable")]
+            steps.extend(mega[at : at + self.rows_per_step] for at in range(0, len(mega), self.rows_per_step))
+        whole = [step for step in steps if len(step) == self.rows_per_step]
+        ragged = [step for step in steps if len(step) < self.rows_per_step]
+        whole = [whole[int(index)] for index in chance.permutation(len(whole))]
+        whole.sort(key=lambda step: int(lengths[step].max()) < int(lengths.max()))  # stable: only the longest move
+        return [int(row) for step in (*whole, *ragged) for row in step]
+
+
+class EpochSampler(Sampler[int]):
+    """The order of the epoch that the run is in, asked for whenever an iteration begins."""
+
+    def __init__(self, order: Order, epoch: Callable[[], int]) -> None:
+        self._order, self._epoch = order, epoch
+
+    def __len__(self) -> int:
+        return len(self._order.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order.of_epoch(self._epoch()))
+
+
+def seed_step(seed: int, step: int, process: int = 0) -> None:
+    """Set the generators of Python, numpy and torch to those of this optimiser step (0-based) of this process."""
+    words = np.random.SeedSequence((seed, _STEP, step, process)).generate_state(2, np.uint64)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[0]) % 2**32)
+    torch.manual_seed(int(words[1]) % 2**63)
