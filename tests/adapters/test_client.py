@@ -2,18 +2,19 @@
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from loradock_adapters import sending
 from loradock_adapters.client import Client
 from loradock_adapters.connection import Patience
 from loradock_adapters.errors import CheckpointError, InvalidNameError, NotFoundError, ServerError, UnreachableError
-from loradock_adapters.manifest import manifest_of
+from loradock_adapters.manifest import FileEntry, hash_file, manifest_of, scan
 from loradock_testing.adapters_server import KEY, State, adapters_server
-from loradock_testing.checkpoints import write_adapter, write_json
+from loradock_testing.checkpoints import write_adapter, write_full, write_json
 
 
 @pytest.fixture
@@ -95,6 +96,24 @@ def test_push_broken_connection_is_tried_again(server: State, client: Client, tm
     server.drop[method] = 2
     answer = client.push(write_adapter(tmp_path), "sql")
     assert (answer["version"], server.drop[method]) == (1, 0)
+
+
+def test_push_sends_one_file_while_it_hashes_another(
+    server: State, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_full(tmp_path, shards=6)
+    smallest = min(scan(tmp_path).kept, key=lambda path: (tmp_path / path).stat().st_size)
+    overlapped: list[bool] = []
+
+    def slowly(directory: Path, path: str, progress: Callable[[int], None]) -> FileEntry:
+        if path == smallest:  # its turn comes last
+            overlapped.append(server.put_came.wait(10))
+        return hash_file(directory, path, progress)
+
+    monkeypatch.setattr(sending, "hash_file", slowly)
+    assert client.push(tmp_path, "full")["version"] == 1
+    assert overlapped == [True]
+    assert len(server.blobs) == len(scan(tmp_path).kept) >= 8
 
 
 def test_push_goes_on_where_a_broken_connection_ended(server: State, client: Client, tmp_path: Path) -> None:

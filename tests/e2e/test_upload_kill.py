@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from loradock_adapters import sending
 from loradock_adapters.client import Client
 from loradock_adapters.errors import LoradockError
 from loradock_adapters.manifest import manifest_of
+from loradock_testing.cutting_proxy import cutting_proxy
 from loradock_testing.loradock_server import LoradockServer, loradock_server
 from loradock_testing.quick_gateway import Auditor, fake_engine, free_port
 from loradock_testing.tiny_checkpoints import write_adapter, write_base
@@ -188,6 +190,21 @@ def test_client_killed_at_random_moments_goes_on_where_it_was(world: World) -> N
         answer = json.loads(done.stdout)
         assert (answer["digest"], answer["sent_bytes"]) == (manifest_of(directory).digest, size_bytes - held[-1])
         assert world.answer("model") == answer["digest"]
+
+
+def test_push_through_a_proxy_that_cuts_connections_arrives(world: World) -> None:
+    chance = random.Random(SEED)
+    limits = [chance.randrange(1, 600_000) for _ in range(12)]
+    directory = world.checkpoint(1)
+    with world.gateway(), cutting_proxy(world.port, limits) as (url, cuts), Client(url) as client:
+        assert client.models() == []
+        answer = client.push(directory, "model")
+        assert answer["digest"] == manifest_of(directory).digest
+        assert world.answer("model") == answer["digest"]
+        taken = re.search(r"^loradock_uploaded_bytes_total (\S+)", httpx.get(f"{world.url}/metrics").text, re.M)
+    assert cuts, f"seed {SEED}: nothing was cut"
+    assert taken is not None
+    assert float(taken[1]) == answer["size_bytes"], "no byte was taken twice"
 
 
 def _uploads(world: World) -> list[Path]:

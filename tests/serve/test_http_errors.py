@@ -55,6 +55,8 @@ EXAMPLES: list[tuple[LoradockError, int, str, str]] = [
     (adapters.NoRoomError("x"), 507, "storage_error", "storage_full"),
     (adapters.RefusedError([PROBLEM]), 422, "invalid_request_error", "refused"),
     (adapters.HeaderError([PROBLEM]), 422, "invalid_request_error", "invalid_safetensors"),
+    (adapters.InUseError("x"), 409, "conflict_error", "version_in_use"),
+    (adapters.UsageError("x"), 400, "invalid_request_error", "usage"),
     (adapters.RegistryError("x"), 500, "server_error", "registry"),
 ]
 

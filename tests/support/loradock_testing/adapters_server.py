@@ -45,6 +45,8 @@ class State:
     """Stands in for the answer to every POST."""
     forget_blobs_once: bool = False
     """The next publication finds its blobs gone."""
+    put_came: threading.Event = field(default_factory=threading.Event)
+    """Set by the first PUT."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, method: str) -> int:
@@ -82,6 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200 if self._last in self.shared.blobs else 404, headers={"Upload-Offset": str(held_bytes)})
 
     def do_PUT(self) -> None:
+        self.shared.put_came.set()
         if not self._received():
             return
         if self.shared.put_answers:
