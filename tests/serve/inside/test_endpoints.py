@@ -63,8 +63,27 @@ class FakeEngine:
             lora_config=config if lora else None,
             device_config=SimpleNamespace(device="cpu"),
             scheduler_config=SimpleNamespace(max_num_seqs=64),
-            model_config=SimpleNamespace(max_model_len=256, dtype="torch.float32"),
+            model_config=SimpleNamespace(
+                max_model_len=256,
+                dtype="torch.float32",
+                max_logprobs=5,
+                quantization=None,
+                runner_type="generate",
+                logprobs_mode="raw_logprobs",
+            ),
         )
+        self.asked: list[tuple[Any, Any, Any]] = []
+        """Prompt, parameters and adapter of each generation."""
+        self.answer: dict[int, float] = {7: -0.5, 3: -0.1, 9: float("nan")}
+
+    async def generate(
+        self, prompt: Any, params: Any, request_id: str, *, lora_request: Any = None
+    ) -> AsyncIterator[Any]:
+        self.asked.append((prompt, params, lora_request))
+        if prompt["prompt_token_ids"] == [404]:
+            raise ValueError("token 404 is out of vocabulary")
+        logprobs = [{token: SimpleNamespace(logprob=value) for token, value in self.answer.items()}]
+        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=logprobs)])
 
     async def add_lora(self, adapter: Any) -> bool:
         if "unfit" in adapter.lora_path:
@@ -298,6 +317,7 @@ async def test_status_names_what_lies_in_the_slots(client: httpx.AsyncClient, tm
     assert status["staged"] == ["unnamed:2"]
     assert status["registered"] == ["a"]
     assert status["lora_dtype"] == "bfloat16"
+    assert (status["quantised"], status["top_logprobs"]) == (False, 5)
     assert status["lora_wrapper"] == CORRECTED_WRAPPER
     assert status["corrected"] is True
     assert (status["max_loras"], status["max_num_seqs"], status["dtype"]) == (3, 64, "float32")
@@ -457,3 +477,49 @@ async def test_real_engine_refuses_bad_adapters_as_the_clients_error_and_lives(
             assert reason in response.json()["error"]["message"]
         assert (await client.get("/health")).status_code == 200
         assert "bad" not in (await client.get("/loradock/status")).json()["registered"]
+
+
+async def test_probe_tells_the_likeliest_first_and_what_is_no_number_as_none(
+    client: httpx.AsyncClient, fake_engine: FakeEngine
+) -> None:
+    answer = await client.post("/loradock/probe", json={"prompts": [[1, 2], [3]]})
+    assert answer.json() == {"answers": [[[3, -0.1], [7, -0.5], [9, None]]] * 2}
+    (first, params, adapter), _ = fake_engine.asked
+    assert (first, adapter) == ({"prompt_token_ids": [1, 2]}, None)
+    assert (params.max_tokens, params.logprobs, params.temperature) == (1, 5, 0.0)
+    assert (params.skip_reading_prefix_cache, params.logprob_token_ids) == (True, None)
+
+
+async def test_probe_of_an_adapter_runs_with_it(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, tmp_path: Path
+) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    await client.post("/loradock/adapters/load", json={"name": "a", "path": str(tmp_path)})
+    await client.post("/loradock/probe", json={"name": "a", "prompts": [[1]]})
+    assert fake_engine.asked[-1][2].lora_name == "a"
+
+
+@pytest.mark.parametrize("max_logprobs", [-1, 100])
+async def test_probe_asks_for_twenty_tokens_and_no_more(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, max_logprobs: int
+) -> None:
+    fake_engine.vllm_config.model_config.max_logprobs = max_logprobs
+    await client.post("/loradock/probe", json={"prompts": [[1]]})
+    assert fake_engine.asked[-1][1].logprobs == 20
+
+
+@pytest.mark.parametrize(
+    ("setting", "body", "status", "kind"),
+    [
+        ({}, {"prompts": [[404]]}, 400, "bad_prompt"),
+        ({}, {"prompts": [[1]], "name": "absent"}, 404, "unknown_adapter"),
+        ({"logprobs_mode": "raw_logits"}, {"prompts": [[1]]}, 409, "cannot_probe"),
+        ({"runner_type": "pooling"}, {"prompts": [[1]]}, 409, "cannot_probe"),
+    ],
+)
+async def test_probe_that_cannot_be_answered_says_why(
+    client: httpx.AsyncClient, fake_engine: FakeEngine, setting: Any, body: Any, status: int, kind: str
+) -> None:
+    vars(fake_engine.vllm_config.model_config).update(setting)
+    answer = await client.post("/loradock/probe", json=body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind)

@@ -277,3 +277,23 @@ def test_worker_extension_hides_nothing_of_the_worker() -> None:
 
     ours = {name for name in dir(LoradockWorker) if not name.startswith("__")}
     assert not ours & set(dir(CPUWorker))
+
+
+def test_engine_generates_from_token_ids_and_tells_log_probabilities() -> None:
+    """`probe.py`: the call, and the names of what it sets and reads."""
+    from vllm import SamplingParams
+    from vllm.config.model import ModelConfig
+    from vllm.logprobs import Logprob
+    from vllm.outputs import CompletionOutput
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.sample.sampler import Sampler
+
+    parameters = inspect.signature(AsyncLLM.generate).parameters
+    assert list(parameters)[1:4] == ["prompt", "sampling_params", "request_id"]
+    assert "lora_request" in parameters
+    assert {"logprobs", "skip_reading_prefix_cache", "detokenize", "output_kind"} <= set(SamplingParams.__annotations__)
+    assert {"max_logprobs", "logprobs_mode", "quantization"} <= set(ModelConfig.__annotations__)
+    assert "logprobs" in CompletionOutput.__annotations__
+    assert "logprob" in Logprob.__annotations__
+    # Why chosen tokens are not asked for: one request's are everybody's.
+    assert "logprobs_tensors = logprob_token_ids_tensors" in inspect.getsource(Sampler.forward)
