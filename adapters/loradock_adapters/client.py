@@ -147,6 +147,10 @@ class Client:
         """Sends all that follows a name to its current version again."""
         return self._json("DELETE", f"/v1/adapters/{check_name(name)}/split")
 
+    def gc(self, *, dry_run: bool = False) -> dict[str, Any]:
+        """Frees the server's disk of what no name has any more, or only says what that is."""
+        return self._json("POST", "/v1/adapters/gc", json={"dry_run": dry_run})
+
     def pin(self, name: str) -> dict[str, Any]:
         return self._json("POST", f"/v1/adapters/{check_name(name)}/pin")
 

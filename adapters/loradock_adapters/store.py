@@ -129,6 +129,21 @@ class LocalStore:
             return
         _remove_tree(partial)
 
+    def stored_versions(self) -> list[str]:
+        """The digests of all versions that have a directory."""
+        return [f"sha256:{path.name}" for path in self._versions.iterdir() if _SHA256.fullmatch(path.name)]
+
+    def stored_blobs(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every content, and what the disk says of its file."""
+        for path in self._blobs.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):
+                if _SHA256.fullmatch(path.name):
+                    yield path.name, path.stat()
+
+    def inodes_of(self, digest: str) -> set[int]:
+        """The files that a version's directory is made of, which its blobs share."""
+        return {path.stat().st_ino for path in self.version_dir(digest).rglob("*") if path.is_file()}
+
     def sweep(self) -> int:
         """Removes the temporaries of writers that are gone; returns how many."""
         removed = 0

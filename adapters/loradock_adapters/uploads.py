@@ -76,6 +76,8 @@ class Uploads:
         self._open: set[Upload] = set()
         """Being written by this process now: room that is promised."""
         self._publishing: Counter[str] = Counter()
+        self._published_meanwhile: set[str] | None = None
+        """While contents are collected: those of every publish that was under way since that began."""
 
     def held_bytes(self, publisher: str, sha256: str, total_bytes: int | None = None) -> int:
         """How much of a content is here: of the announced size, or the most of any."""
@@ -161,6 +163,8 @@ class Uploads:
         """While a version of these contents is on its way, none of them is dropped."""
         with self._lock:
             self._publishing.update(sha256s)
+            if self._published_meanwhile is not None:
+                self._published_meanwhile.update(sha256s)
         try:
             yield
         finally:
@@ -174,6 +178,32 @@ class Uploads:
             for entry in self._entries(publisher):
                 if entry.is_whole and entry.sha256 in sha256s:
                     entry.path.unlink(missing_ok=True)
+
+    def collect(self, unneeded: Callable[[], Iterable[str]]) -> list[str]:
+        """Drops contents that no version needs, and returns them. One collection at a time.
+
+        `unneeded` is asked once everything that is published from then on is watched: what a publish has taken since,
+        and what an upload waits to be published with, stays.
+        """
+        with self._lock:
+            self._published_meanwhile = {sha256 for sha256, publishes in self._publishing.items() if publishes}
+        dropped: list[str] = []
+        try:
+            candidates = list(unneeded())
+            waiting = self.waiting()
+            for sha256 in candidates:
+                with self._lock:
+                    if sha256 not in waiting and sha256 not in self._published_meanwhile:
+                        self._store.discard_blob(sha256)
+                        dropped.append(sha256)
+        finally:
+            with self._lock:
+                self._published_meanwhile = None
+        return dropped
+
+    def waiting(self) -> set[str]:
+        """The contents that were uploaded, or begun, and that nobody has published yet."""
+        return {entry.sha256 for publisher in self._publishers() for entry in self._entries(publisher)}
 
     def refused(self, publisher: str, manifest: Manifest, needed: Callable[[], Collection[str]]) -> None:
         """Drops what this publisher brought for a version that was refused, where it is cheap to send again."""

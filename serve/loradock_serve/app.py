@@ -8,7 +8,7 @@ import contextlib
 import logging
 import math
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,9 @@ from loradock_serve.auth import Doorkeeper, behind_proxies
 from loradock_serve.base import ServedBase, WeightsHash, find_base
 from loradock_serve.blobs_routes import blobs_router
 from loradock_serve.catalog import Catalog
+from loradock_serve.collector import Collector
 from loradock_serve.config import ServeConfig
-from loradock_serve.data_dir import GatewayLock, prepare_data_dir
+from loradock_serve.data_dir import DirectoryUse, GatewayLock, prepare_data_dir
 from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
 from loradock_serve.engine_command import (
     Machine,
@@ -39,6 +40,7 @@ from loradock_serve.engine_command import (
 )
 from loradock_serve.fit import Fit
 from loradock_serve.fleet import Fleet
+from loradock_serve.gc_routes import gc_router
 from loradock_serve.http_errors import add_handlers
 from loradock_serve.models_routes import models_router
 from loradock_serve.ops_routes import ops_router
@@ -130,6 +132,7 @@ def _join(
         WeightsHash(base.model),
         base.directory,
     )
+    use = DirectoryUse(config.data_dir)
     care = _Care(
         Residency(fleet, store.has_version),
         Pins(registry, catalog, fleet, lambda: _slots(fleet, lora), turnstiles.of(fleet.base)),
@@ -139,10 +142,26 @@ def _join(
         turnstiles,
         uploads,
         UploadSweeps(uploads, registry, config.uploads.keep_s),
+        Collector(
+            store,
+            registry,
+            uploads,
+            fleet,
+            lambda: _joined(weights.merged(), packs.packed()),
+            publisher.turns,
+            config.uploads.keep_s,
+            use.alone,
+        ),
+        use,
     )
     sources = make_sources(config, store, registry, catalog, publisher, fleet)
     app = _application(config, store, registry, catalog, fleet, publisher, care, sources, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice, care.pins)
+
+
+def _joined(*parts: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
+    """Several maps of lists as one."""
+    return {key: [path for part in parts for path in part.get(key, [])] for part in parts for key in part}
 
 
 def _slots(fleet: Fleet, lora: LoraSizing | None) -> int | None:
@@ -167,6 +186,8 @@ class _Care:
     turnstiles: Turnstiles
     uploads: Uploads
     sweeps: UploadSweeps
+    collector: Collector
+    use: DirectoryUse
 
 
 def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: EngineLimits) -> Fit:
@@ -289,6 +310,7 @@ def _application(
             await fleet.stop()
             await care.traffic.stop()
             registry.close()
+            care.use.release()
             with contextlib.suppress(OSError):
                 socket_dir.rmdir()
             if lock is not None:
@@ -312,6 +334,7 @@ def _application(
     app.include_router(models_router(catalog, pointers, states))
     app.include_router(blobs_router(store, care.uploads, config))
     app.include_router(adapters_router(registry, catalog, publisher, states, care.pins, sources.push))
+    app.include_router(gc_router(care.collector))
     app.include_router(pointers_router(catalog, pointers, states))
     app.include_router(pins_router(care.pins, states))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))

@@ -4,15 +4,19 @@ What cannot work is found here, before anything starts, and told as a ServeConfi
 the directory.
 """
 
+import contextlib
 import fcntl
 import os
 import uuid
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from loradock_serve.errors import ServeConfigError
+from loradock_serve.errors import ConflictError, ServeConfigError
 
 LOCK_NAME = "gateway.lock"
+USERS_NAME = "users.lock"
 PARTS = ("blobs", "versions", "uploads", "tmp", "logs", "merged", "packed")
 """What the store, the engines and the merges write into."""
 
@@ -91,3 +95,36 @@ def _holder(file: IO[str]) -> str:
     file.seek(0)
     text = file.read(32).strip()
     return f"process {text}" if text.isdigit() else "whose process id is not known"
+
+
+class DirectoryUse:
+    """That a gateway uses a data_dir, told to all others on it for as long as the process lives.
+
+    Each knows its own engines only, so nobody may remove files that engines read unless it is alone.
+    """
+
+    def __init__(self, data_dir: Path) -> None:
+        """Waits for whoever is alone on it at this moment."""
+        self._descriptor = os.open(data_dir / USERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._close = weakref.finalize(self, os.close, self._descriptor)
+        fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps others from coming. ConflictError where there are some."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)  # trying for the other kind gave this one up
+            raise ConflictError(
+                "Another gateway uses this data_dir, and its engine may read files that no name has any more: stop all "
+                "but one, then collect there"
+            ) from error
+        try:
+            yield
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def release(self) -> None:
+        """Use it no more. Harmless when done twice."""
+        self._close()

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,13 @@ from loradock_serve.config import DedicatedConfig, EngineConfig
 from loradock_serve.engine import AttachedEngine, Engine, EngineStart
 from loradock_serve.engine_client import EngineClient
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, EngineRefusedError, EngineUnavailableError, ProofFailedError
+from loradock_serve.errors import (
+    ConflictError,
+    EngineError,
+    EngineRefusedError,
+    EngineUnavailableError,
+    ProofFailedError,
+)
 from loradock_serve.ledger import Ledger
 from loradock_serve.loader import AdapterLoader, Packs
 
@@ -93,6 +99,7 @@ class Fleet:
         self._changed = asyncio.Event()
         self._reaper: asyncio.Task[None] | None = None
         self._shared_in_use: Counter[str] = Counter()
+        self._answering: Counter[str] = Counter()
         self._forgotten: set[str] = set()
         self._unloads: set[asyncio.Task[None]] = set()
         self.on_use: Callable[[Version, Target], Awaitable[None]] = _nothing
@@ -115,6 +122,55 @@ class Fleet:
         """The state of a version's own engine, as `/v1/models` shows it."""
         entry = self._dedicated.get(digest)
         return entry.engine.state if entry is not None else "stopped"
+
+    @contextlib.contextmanager
+    def answering(self, version: Version | None) -> Iterator[None]:
+        """A request has found its version, and needs its files until it is answered, between its leases too."""
+        if version is None:
+            yield
+            return
+        self._answering[version.digest] += 1
+        try:
+            yield
+        finally:
+            self._answering[version.digest] -= 1
+            if not self._answering[version.digest]:
+                del self._answering[version.digest]
+
+    def use_of(self, digest: str) -> str | None:
+        """What needs the files of a version at this moment, in words; None where nothing does."""
+        if self._answering[digest] or self._shared_in_use[digest]:
+            return "requests are answered with it"
+        entry = self._dedicated.get(digest)
+        if entry is not None:
+            return f"its own engine is {entry.engine.state}"
+        return "its adapter is on its way into the engine, or out of it" if self.loader.is_moving(digest) else None
+
+    async def engine_names(self) -> Collection[str] | None:
+        """The digests of adapters that the base's engine may read from the disk; None where it does not say.
+
+        Empty where no engine runs. What it names otherwise it still has in memory for requests, without a name.
+        """
+        start = self.base.current
+        if start is None or start.status is None:
+            return ()
+        try:
+            status = await start.client.status()
+        except EngineError as error:
+            log.info("what the engine has loaded is not known: %s", error)
+            return None
+        if status is None:
+            return None
+        parts = ("registered", "active", "loaded", "staged")
+        return {name for part in parts for name in status.limits.get(part, ()) if name is not None}
+
+    async def let_go(self, digest: str) -> None:
+        """Have the base's engine forget an adapter that nothing uses and no name needs."""
+        start = self.base.current
+        if start is not None:
+            await self.loader.unload(start, digest)
+            with contextlib.suppress(EngineError):  # it does not know it: so much the better
+                await start.client.unload_adapter(digest)
 
     @contextlib.asynccontextmanager
     async def lease(self, version: Version | None, timeout_s: float | None = None) -> AsyncIterator[Target]:

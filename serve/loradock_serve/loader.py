@@ -44,6 +44,11 @@ class AdapterLoader:
         task = self._loads.get(digest)
         return task is not None and task.done() and not _failed(task)
 
+    def is_moving(self, digest: str) -> bool:
+        """Whether the engine is being told of this adapter, or to forget it."""
+        task = self._loads.get(digest)
+        return digest in self._unloads or (task is not None and not task.done())
+
     async def ensure_loaded(self, start: EngineStart, digest: str, directory: Path) -> None:
         """Returns when the engine has the adapter. Raises what the load raised; the next call then tries again.
 

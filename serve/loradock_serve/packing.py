@@ -61,6 +61,14 @@ class PackedAdapters:
         """Returns when everything made until now is on the disk."""
         await asyncio.get_running_loop().run_in_executor(self._syncer, lambda: None)
 
+    def packed(self) -> dict[str, list[Path]]:
+        """What is on the disk, by the version's digest."""
+        found: dict[str, list[Path]] = {}
+        for path in self._root.iterdir():
+            if not path.name.startswith("."):
+                found.setdefault(f"sha256:{path.name.partition('-')[0]}", []).append(path)
+        return found
+
     async def discard(self, digest: str) -> None:
         """Remove what was made of a version that is gone."""
         loop = asyncio.get_running_loop()

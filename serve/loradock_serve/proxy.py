@@ -118,9 +118,10 @@ class OpenAIProxy:
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour, body)
         check_n(payload, self._max_n)
         ask = ask_of(payload, len(body), resolved.version.digest if resolved.version else None, deadline_at)
-        if not await self._attempt(scope, reply, resolved, out, ask):
-            # The engine did not know the adapter: something else restarted it, or a removal overtook this request.
-            await self._attempt(scope, reply, resolved, out, ask, last=True)
+        with self._fleet.answering(resolved.version):
+            if not await self._attempt(scope, reply, resolved, out, ask):
+                # The engine did not know the adapter: something else restarted it, or a removal overtook this request.
+                await self._attempt(scope, reply, resolved, out, ask, last=True)
 
     async def _attempt(
         self, scope: Scope, reply: Reply, resolved: Resolved, out: rewrite.Outgoing, ask: Ask, *, last: bool = False

@@ -164,8 +164,9 @@ class Publisher:
             if mended.manifest.digest == manifest.digest:
                 version, proof = await self._publish_mended(name, mended, options)
             else:  # a repaired upload needs no repair, so nobody who holds its turn waits for another's
-                async with self.turns.of(mended.manifest.digest):
-                    version, proof = await self._publish_mended(name, mended, options)
+                with self._uploads.publishing(mended.manifest.blobs):
+                    async with self.turns.of(mended.manifest.digest):
+                        version, proof = await self._publish_mended(name, mended, options)
         except RefusedError:
             PUBLISHES.labels("rejected").inc()
             raise

@@ -60,6 +60,18 @@ class StoredWeights:
             task.add_done_callback(lambda _task: self._merges.pop(version.digest, None))
         return await asyncio.shield(task)
 
+    def is_merging(self, digest: str) -> bool:
+        """Whether an adapter is being merged into the base at this moment."""
+        return digest in self._merges
+
+    def merged(self) -> dict[str, list[Path]]:
+        """The merges that are on the disk, by the version's digest."""
+        found: dict[str, list[Path]] = {}
+        for path in self._root.glob("*-*") if self._root.is_dir() else ():
+            if path.suffix != PARTIAL and path.is_dir():
+                found.setdefault(f"sha256:{path.name.partition('-')[0]}", []).append(path)
+        return found
+
     async def _merge(self, version: Version, target: Path) -> Path:
         self._root.mkdir(parents=True, exist_ok=True)
         _drop_left_overs(target)

@@ -10,7 +10,9 @@ import loradock_adapters
 ROOT = Path(loradock_adapters.__file__).parent
 LIGHT = {"typer", "rich", "httpx", "pydantic", "yaml"}
 MIGRATIONS = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("migrations/versions/0*.py")}
-REGISTRY = {f"registry{part}.py" for part in ("", "_changes", "_rows", "_schema", "_url")} | {"traffic_table.py"}
+REGISTRY = {f"registry{part}.py" for part in ("", "_changes", "_rows", "_schema", "_url")} | {
+    f"{table}_table.py" for table in ("splits", "tags", "traffic")
+}
 HEAVY_HOMES = {
     "numpy": {"values.py", "repair_bases.py"},
     "sqlalchemy": REGISTRY | MIGRATIONS,

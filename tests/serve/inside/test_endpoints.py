@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -418,6 +419,39 @@ async def test_real_engine_unload_frees_the_weights(engine: VllmServer, world: W
     assert len(after["staged"]) == len(before["staged"]) - 1
     assert not {"leaving"} & {*after["registered"], *after["active"], *after["loaded"], *after["staged"]}
     assert asked.status_code == 404
+
+
+@pytest.mark.engine
+async def test_real_engine_lets_go_of_an_adapter_that_answered_and_lives_without_its_files(
+    engine: VllmServer, world: World, tmp_path: Path
+) -> None:
+    """What collecting does: unload, then remove the files; the slot and the host memory are free, others go on."""
+    copy = tmp_path / "copy"
+    shutil.copytree(world.adapters["a2"], copy)
+    async with engine.client() as client:
+
+        async def status() -> dict[str, Any]:
+            return dict((await client.get("/loradock/status")).json())
+
+        async def ask(model: str) -> httpx.Response:
+            return await client.post("/v1/completions", json={"model": model, "prompt": "def", "max_tokens": 4})
+
+        for name, path in (("going", copy), ("staying", world.adapters["a2"])):
+            await client.post("/loradock/adapters/load", json={"name": name, "path": str(path)})
+        assert (await ask("going")).status_code == 200
+        before = await status()
+        response = await client.post("/loradock/adapters/unload", json={"name": "going"})
+        after = await status()
+        shutil.rmtree(copy)
+        answers = [await ask(model) for model in ("staying", BASE, "going")]
+        await client.post("/loradock/adapters/unload", json={"name": "staying"})
+    assert response.json()["freed"] is True
+    assert "going" in before["active"]
+    assert "going" in before["loaded"]
+    assert after["active"].count(None) == before["active"].count(None) + 1, "its slot is free"
+    assert len(after["loaded"]) == len(before["loaded"]) - 1
+    assert not {"going"} & {*after["registered"], *after["active"], *after["loaded"], *after["staged"]}
+    assert [answer.status_code for answer in answers] == [200, 200, 404]
 
 
 @pytest.mark.engine
