@@ -29,6 +29,7 @@ async def test_base_comes_first_with_its_alias(shared: Served) -> None:
 async def test_adapter_is_shown_by_name_version_and_digest(shared: Served, tmp_path: Path) -> None:
     digest = (await shared.push(write_adapter(tmp_path / "a", seed=1), "shown")).json()["digest"]
     about = {"kind": "lora", "placement": "shared", "version": 1, "digest": digest, "state": "loaded"}
+    about["source"] = None  # an upload
     for name in ("shown", "shown@1", f"shown@{digest}"):
         card = (await shared.client.get(f"/v1/models/{name}")).json()
         assert (card["id"], card["loradock"]) == (name, about)

@@ -8,6 +8,7 @@
 Private repositories look like missing ones, gated ones are refused, renamed ones redirect.
 """
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -65,7 +66,8 @@ class Hub:
     sizes_in_listing: bool = True
     knows_ranges: bool = True
     hold: threading.Event | None = None
-    """Downloads of large files wait for it."""
+    """What has `hold_on` in its path waits for it."""
+    hold_on: str = "/lfs/"
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def commit(self, name: str, files: Mapping[str, bytes] | Path, branch: str = "main", **about: Any) -> str:
@@ -139,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
         if status is not None:
             self._send(status, b"{}")
             return
+        if hub.hold is not None and hub.hold_on in self.path:
+            hub.hold.wait(60)
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         if parts[0] == "lfs":
@@ -207,8 +211,6 @@ class _Handler(BaseHTTPRequestHandler):
         if query != f"signature={SIGNATURE}" or self.headers.get("Authorization") is not None:
             self._send(403, b"{}")  # stores refuse a request that is signed twice
             return
-        if self.shared.hold is not None:
-            self.shared.hold.wait(60)
         for repo in self.shared.repos.values():
             for files in repo.commits.values():
                 for path, content in files.items():
@@ -263,7 +265,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body if cut is None else body[:cut])
+            with contextlib.suppress(ConnectionError):  # who asked may be gone
+                self.wfile.write(body if cut is None else body[:cut])
         if cut is not None:
             self.close_connection = True
 
