@@ -80,7 +80,8 @@ def known_architectures() -> tuple[str, ...]:
 @cache
 def _table() -> dict[str, Any]:
     """Written by tables/make_engine_rules.py from the installed vLLM."""
-    table: dict[str, Any] = json.loads(files("loradock_adapters.tables").joinpath("engine_rules.json").read_text())
+    file = files("loradock_adapters.tables").joinpath(f"vllm-{VLLM_VERSION}.json")
+    table: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return table
 
 

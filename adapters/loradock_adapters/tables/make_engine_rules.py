@@ -1,4 +1,4 @@
-"""Writes engine_rules.json from the sources of the installed vLLM: what each architecture can do with LoRA.
+"""Writes vllm-<version>.json from the sources of the installed vLLM: what each architecture can do with LoRA.
 
     python -m loradock_adapters.tables.make_engine_rules
 
@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).with_name("engine_rules.json")
 _MODELS = "vllm.model_executor.models"
 _LORA_INTERFACE = "SupportsLoRA"
 # Draft models for speculative decoding are listed by the registry too, but nobody serves one.
@@ -152,6 +151,11 @@ def _last_name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
 
 
+def table_path(vllm_version: str) -> Path:
+    """Where the table of a version is. That of the pinned one is engine_rules.py's."""
+    return Path(__file__).with_name(f"vllm-{vllm_version}.json")
+
+
 def make_table(root: Path) -> dict[str, Any]:
     """The table for the vLLM whose package directory is `root`."""
     sources = Sources(root)
@@ -187,4 +191,5 @@ def dump(table: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    TABLE.write_text(dump(make_table(vllm_root())))
+    made = make_table(vllm_root())
+    table_path(made["vllm_version"]).write_text(dump(made))
