@@ -110,6 +110,7 @@ def test_adapter_that_cannot_be_swapped_is_merged_and_served_dedicated_with_no_w
     assert "merging with PEFT" not in server.log_path.read_text()
 
 
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
 def test_repaired_adapters_share_the_engine_and_answer_as_peft_does(
     server: LoradockServer, trained: Trained, tmp_path: Path
 ) -> None:
