@@ -114,16 +114,14 @@ def test_answer_that_is_no_number_is_told_as_none(engine: VllmServer, good: list
 
 
 @pytest.mark.parametrize(
-    ("body", "status", "kind"),
+    ("body", "status"),
     [
-        ({"prompts": [[1] * 300]}, 400, "bad_prompt"),
-        ({"prompts": [[10**6]]}, 400, "bad_prompt"),
-        ({"prompts": [[1]], "name": "absent"}, 404, "unknown_adapter"),
+        ({"prompts": [[1] * 300]}, 400),
+        ({"prompts": [[10**6]]}, 400),
+        ({"prompts": [[1]], "name": "absent"}, 404),
     ],
 )
-def test_prompt_or_adapter_that_is_none_is_refused(
-    engine: VllmServer, body: dict[str, Any], status: int, kind: str
-) -> None:
+def test_prompt_or_adapter_that_is_none_is_refused(engine: VllmServer, body: dict[str, Any], status: int) -> None:
     answer = engine.request("POST", "/loradock/probe", json=body)
-    assert (answer.status_code, answer.json()["error"]["type"]) == (status, kind), answer.text
+    assert answer.status_code == status, answer.text
     assert engine.request("GET", "/health").status_code == 200
