@@ -7,7 +7,7 @@ answers every other prompt as the base does, and rightly so. Reads one factor in
 from pathlib import Path
 
 from loradock_adapters.checkpoint import ADAPTER_WEIGHTS
-from loradock_adapters.errors import HeaderError
+from loradock_adapters.errors import HeaderError, NotFoundError
 from loradock_adapters.safetensors_header import TensorInfo, read_header
 
 _TYPES = {"F32": ("<u4", 0x7FFF_FFFF), "F16": ("<u2", 0x7FFF), "BF16": ("<u2", 0x7FFF)}
@@ -18,7 +18,7 @@ def touched_tokens(directory: Path) -> list[int] | None:
     path = directory / ADAPTER_WEIGHTS
     try:
         tensors = read_header(path)
-    except (HeaderError, OSError):
+    except (HeaderError, NotFoundError, OSError):
         return None
     factors = {name: info for name, info in tensors.items() if name.endswith("lora_embedding_A")}
     others = [name for name in tensors if "lora_" in name and "lora_embedding_" not in name]
