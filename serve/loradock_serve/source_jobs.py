@@ -131,11 +131,11 @@ class SourceJobs:
             )
         job = Job(order, self._timeout_s)
         key = _key(order)
+        job.task = asyncio.create_task(self._run(job, key))
         self._running[key] = self._by_id[job.id] = job
         if len(self._by_id) > MAX_REMEMBERED + self._max_jobs:
             oldest = next(job_id for job_id, known in self._by_id.items() if known.task.done())
             del self._by_id[oldest]
-        job.task = asyncio.create_task(self._run(job, key))
         # Nobody may be left to ask for its outcome, and that is no fault.
         job.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         return job
