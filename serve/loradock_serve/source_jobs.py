@@ -8,6 +8,7 @@ nothing of HTTP requests, nor of what a source is.
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import logging
 import secrets
@@ -182,16 +183,21 @@ class SourceJobs:
         except MissingBlobsError:
             log.info("%s: the registry has %s, and the store lacks its files", order.name, listing.source)
         try:
-            files = choose(listing.files, self._limits)
-            fetcher = Fetcher(self._store, source, job.watch)
-            manifest = await self._in_thread(lambda: fetcher.fetch(listing, files))
-            return await self._publish(order, listing, manifest)
+            fetch = functools.partial(self._fetch, job, source, listing)
+            try:
+                return await self._publish(order, listing, await self._in_thread(fetch))
+            except MissingBlobsError:  # a file that was here already was collected meanwhile
+                return await self._publish(order, listing, await self._in_thread(fetch))
         except RefusedError as refusal:
             if order.lazy:
                 self._refusals[listing.source] = refusal
                 if len(self._refusals) > MAX_REMEMBERED:
                     self._refusals.popitem(last=False)
             raise
+
+    def _fetch(self, job: Job, source: Source, listing: Listing) -> Manifest:
+        files = choose(listing.files, self._limits)
+        return Fetcher(self._store, source, job.watch).fetch(listing, files)
 
     def _known(self, name: str, listing: Listing) -> Manifest | None:
         """The files of the name's version that is of this very commit."""

@@ -15,7 +15,9 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from loradock_adapters.manifest import Manifest
 from loradock_serve import source_fetch
+from loradock_serve.publish import Options, Published, Publisher
 from loradock_testing.gateway import Served, serving
 from loradock_testing.hub_server import Hub, hub_server
 from loradock_testing.tiny_checkpoints import write_adapter, write_full_model
@@ -444,6 +446,26 @@ async def test_gateway_that_stops_in_the_middle_leaves_nothing_visible_and_the_n
     async with serving(adapter.parent, monkeypatch) as served:
         assert not await is_visible(served)
         assert (await push(served, "hf://org/bot")).status_code == 201
+
+
+async def test_file_that_is_collected_before_the_publish_is_fetched_again(
+    served: Served, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit("org/bot", adapter)
+    publish = Publisher.publish_manifest
+    collected: list[str] = []
+
+    async def late(self: Publisher, name: str, manifest: Manifest, options: Options) -> Published:
+        if not collected:
+            collected.extend(manifest.blobs)
+            for sha256 in collected:
+                (served.data_dir / "blobs" / sha256[:2] / sha256).unlink()
+        return await publish(self, name, manifest, options)
+
+    monkeypatch.setattr(Publisher, "publish_manifest", late)
+    assert (await push(served, "hf://org/bot")).status_code == 201
+    assert len(collected) == 2
+    assert hub.count("/lfs/") == 2
 
 
 async def test_files_and_a_source_together_are_refused(served: Served) -> None:
