@@ -18,6 +18,9 @@
     │   ├── UploadBusyError          another one writes the same content now; carries when to try again
     │   └── UploadQuotaError         its publisher has uploaded too much that nobody published
     ├── NoRoomError                  the disk cannot hold what is announced
+    ├── StoreUnavailableError        the store that holds the bytes does not answer; carries Retry-After
+    ├── CorruptBlobError             bytes in that store are not what their name says
+    ├── RegistryUnavailableError     the registry's database does not answer; carries Retry-After
     ├── RegistryError                the registry cannot be opened or brought up to date
     ├── ServerError                  the server answered with an error (client side)
     │   └── UnreachableError         the server did not answer at all
@@ -163,6 +166,32 @@ class NoRoomError(LoradockError):
     """The disk cannot hold what is announced."""
 
     code = "storage_full"
+
+
+class StoreUnavailableError(LoradockError):
+    """The store that holds the uploads' bytes does not answer, or refuses."""
+
+    code = "store_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class CorruptBlobError(LoradockError):
+    """Bytes that were published are not in the store as they were."""
+
+    code = "corrupt_blob"
+
+
+class RegistryUnavailableError(LoradockError):
+    """The registry's database does not answer at the moment."""
+
+    code = "registry_unavailable"
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class RegistryError(LoradockError):

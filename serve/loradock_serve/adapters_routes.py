@@ -4,6 +4,7 @@ them in `pointers_routes.py`.
 The HTTP side only: what a version is and who may be one is decided in `publish.py` and `loradock_adapters`.
 """
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,19 +47,21 @@ def adapters_router(
     @router.get("")
     async def all_adapters() -> Response:
         look = await states.look()
-        tags, splits = registry.tags.all(), registry.splits.all()
+        tags = await asyncio.to_thread(registry.tags.all)
+        splits = await asyncio.to_thread(registry.splits.all)
         data = [
             _row(version, states, pins, look) | pointers(tags.get(version.name, {}), splits.get(version.name, {}))
-            for version in map(catalog.fit, registry.models())
+            for version in await asyncio.to_thread(catalog.current)
         ]
         return JSONResponse({"object": "list", "data": data})
 
     @router.get("/{name}")
     async def one_adapter(name: str) -> Response:
-        versions = [catalog.fit(version) for version in registry.versions(check_name(name))]
+        versions = [catalog.fit(v) for v in await asyncio.to_thread(registry.versions, check_name(name))]
         current = next(version for version in versions if version.current)
         whole = await _whole(current, states, pins)
-        tags, split = registry.tags.of(name), registry.splits.of(name)
+        tags = await asyncio.to_thread(registry.tags.of, name)
+        split = await asyncio.to_thread(registry.splits.of, name)
         return JSONResponse(whole | pointers(tags, split) | {"versions": [_past(v, tags, split) for v in versions]})
 
     return router

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from loradock_adapters.cached_store import CachedStore
 from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
@@ -26,10 +27,12 @@ from loradock_serve.adapters_routes import adapters_router
 from loradock_serve.auth import Doorkeeper, behind_proxies
 from loradock_serve.base import ServedBase, WeightsHash, find_base
 from loradock_serve.blobs_routes import blobs_router
+from loradock_serve.cache_keeper import CacheKeeper
 from loradock_serve.catalog import Catalog
 from loradock_serve.collector import Collector
 from loradock_serve.config import ServeConfig
 from loradock_serve.data_dir import DirectoryUse, GatewayLock, prepare_data_dir
+from loradock_serve.directories import CachedDirectories, Directories
 from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
 from loradock_serve.engine_command import (
     Machine,
@@ -58,6 +61,7 @@ from loradock_serve.residency import Residency
 from loradock_serve.sizing import Advice, LoraSizing
 from loradock_serve.sources import Sources, make_sources
 from loradock_serve.states import States
+from loradock_serve.stores import directories_of, open_store, registry_url
 from loradock_serve.traffic_record import TrafficRecord
 from loradock_serve.turnstile import Turnstiles
 from loradock_serve.upload_sweeps import UploadSweeps
@@ -102,15 +106,16 @@ def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine |
 def _join(
     config: ServeConfig, admin_key: str | None, machine: Machine, base: ServedBase, lock: GatewayLock | None
 ) -> Gateway:
-    store = LocalStore(config.data_dir)
-    registry = Registry(f"sqlite:///{config.data_dir / 'registry.sqlite'}")
+    store = open_store(config)
+    registry = Registry(registry_url(config))
     advice = engine_plan(config, base, machine, registry)
     lora = advice.sizing if advice is not None else None
     limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
     catalog = Catalog(registry, base.name, base.behaviour, _fit(config, registry, base, limits))
     # A Unix socket's path has room for 107 bytes: not under a data_dir that may be deep.
     socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))
-    weights = StoredWeights(store, lambda: base.source, config.data_dir / "merged")
+    directories = directories_of(store, registry)
+    weights = StoredWeights(directories, lambda: base.source, config.data_dir / "merged")
     engines = _Engines(config, machine, base, lora, socket_dir)
     packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
@@ -133,9 +138,11 @@ def _join(
         base.directory,
     )
     use = DirectoryUse(config.data_dir)
+    residency = Residency(fleet, store.has_version)
+    pins = Pins(registry, catalog, fleet, lambda: _slots(fleet, lora), turnstiles.of(fleet.base))
     care = _Care(
-        Residency(fleet, store.has_version),
-        Pins(registry, catalog, fleet, lambda: _slots(fleet, lora), turnstiles.of(fleet.base)),
+        residency,
+        pins,
         TrafficRecord(fleet.ledger, registry),
         lambda: make_plan(config, base, machine, registry),
         advice if config.engine.url is None else None,
@@ -153,6 +160,7 @@ def _join(
             use.alone,
         ),
         use,
+        _cache_keeper(config, store, directories, fleet, residency, pins, use),
     )
     sources = make_sources(config, store, registry, catalog, publisher, fleet)
     app = _application(config, store, registry, catalog, fleet, publisher, care, sources, socket_dir, lock)
@@ -188,6 +196,23 @@ class _Care:
     sweeps: UploadSweeps
     collector: Collector
     use: DirectoryUse
+    keeper: CacheKeeper | None
+
+
+def _cache_keeper(
+    config: ServeConfig,
+    store: LocalStore,
+    directories: Directories,
+    fleet: Fleet,
+    residency: Residency,
+    pins: Pins,
+    use: DirectoryUse,
+) -> CacheKeeper | None:
+    """Who keeps the copies of uploads within their budget; None where the store is no cache."""
+    if not (isinstance(store, CachedStore) and isinstance(directories, CachedDirectories)):
+        return None
+    limit_bytes = int(config.blobs_cache_gib * 1024**3)
+    return CacheKeeper(store, directories, fleet, residency, lambda: pins.digests, use.alone, limit_bytes)
 
 
 def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: EngineLimits) -> Fit:
@@ -301,10 +326,14 @@ def _application(
         care.pins.start()
         care.traffic.start()
         care.sweeps.start()
+        if care.keeper is not None:
+            care.keeper.start()
         try:
             yield
         finally:
             await sources.jobs.stop()
+            if care.keeper is not None:
+                await care.keeper.stop()
             await care.sweeps.stop()
             await care.pins.stop()
             await fleet.stop()

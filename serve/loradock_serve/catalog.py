@@ -5,14 +5,18 @@ cache that every change of a name clears, also one that another gateway on the s
 engines but the states it is told.
 """
 
+import asyncio
 import difflib
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loradock_adapters.errors import InvalidNameError, NotFoundError
+from sqlalchemy.exc import SQLAlchemyError
+
+from loradock_adapters.errors import InvalidNameError, NotFoundError, RegistryUnavailableError
 from loradock_adapters.names import parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
@@ -22,6 +26,12 @@ from loradock_serve.rewrite import Behaviour
 from loradock_serve.shares import pick
 
 MAX_CACHED = 4096
+LOOKUPS = 4
+LOOKUP_TIMEOUT_S = 10.0
+KNOWN_TIMEOUT_S = 2.0
+"""For a name of which is known what it meant before."""
+AWAY_S = 5.0
+"""How long a database that did not answer is not asked again about such names."""
 NEAR_NAMES = 3
 MAX_REF_CHARS = 200
 """No name with a digest behind it is longer; what is longer is like none."""
@@ -83,6 +93,11 @@ class Catalog:
         self.fit = fit
         self._cache: dict[str, Resolved] = {}
         self._misses: dict[str, list[str]] = {}
+        self._last_known: dict[str, Resolved] = {}
+        """What names meant before the last changes, for while the database is away."""
+        self._away_until_s = 0.0
+        self._lookups: dict[str, asyncio.Task[Resolved]] = {}
+        self._threads = ThreadPoolExecutor(LOOKUPS, "loradock-names")
         self._generation = -1
         self._created = int(time.time())
         self.on_change: Callable[[], None] = lambda: None
@@ -95,23 +110,73 @@ class Catalog:
 
     def changed(self) -> None:
         """A name points elsewhere now."""
+        self._last_known |= self._cache
+        for model in list(self._last_known)[: max(0, len(self._last_known) - MAX_CACHED)]:
+            del self._last_known[model]
         self._cache.clear()
         self._misses.clear()
         self.on_change()
 
+    async def know(self, model: str) -> None:
+        """Have the registry asked what `model` is, in a thread, so that `resolve` need not wait for a database.
+
+        Raises ModelNotFoundError; RegistryUnavailableError or what the database raised, for a name that was never
+        asked for before: what others mean was seen, and that counts until the database is back.
+        """
+        self._look_for_changes()
+        if model in self._cache or model in self.base_names or self._guess(model) is not None:
+            return
+        generation = self._generation
+        task = self._lookups.get(model)
+        if task is None:
+            task = self._lookups[model] = asyncio.create_task(self._look_up_in_thread(model))
+            task.add_done_callback(lambda done: self._looked_up(model, done))
+        timeout_s = LOOKUP_TIMEOUT_S if model not in self._last_known else KNOWN_TIMEOUT_S
+        try:
+            async with asyncio.timeout(timeout_s):
+                resolved = await asyncio.shield(task)
+        except (SQLAlchemyError, TimeoutError) as error:
+            self._away_until_s = time.monotonic() + AWAY_S
+            if self._guess(model) is not None:
+                return
+            if isinstance(error, SQLAlchemyError):
+                raise
+            raise RegistryUnavailableError(
+                f"The registry's database has not said within {timeout_s:g} s what {model!r} is", retry_after_s=5
+            ) from error
+        if self._registry.generation() == generation:
+            self._remember(model, resolved)
+
     def resolve(self, model: str) -> Resolved:
         """The version behind `model`; ModelNotFoundError with near names where there is none."""
+        self._look_for_changes()
+        if (known := self._cache.get(model) or self._guess(model)) is not None:
+            return known
+        resolved = Resolved(model, None, Behaviour()) if model in self.base_names else self._look_up(model)
+        self._remember(model, resolved)
+        return resolved
+
+    def _look_for_changes(self) -> None:
         if (generation := self._registry.generation()) != self._generation:
             self.changed()
             self._generation = generation
-        known = self._cache.get(model)
-        if known is not None:
-            return known
-        resolved = Resolved(model, None, Behaviour()) if model in self.base_names else self._look_up(model)
+
+    def _remember(self, model: str, resolved: Resolved) -> None:
         if len(self._cache) >= MAX_CACHED:
             self._cache.clear()
         self._cache[model] = resolved
-        return resolved
+
+    def _guess(self, model: str) -> Resolved | None:
+        """What a name meant when it was seen last, shortly after the database did not answer; else None."""
+        return self._last_known.get(model) if time.monotonic() < self._away_until_s else None
+
+    async def _look_up_in_thread(self, model: str) -> Resolved:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._look_up, model)
+
+    def _looked_up(self, model: str, done: asyncio.Task[Resolved]) -> None:
+        del self._lookups[model]
+        if not done.cancelled() and isinstance(done.exception(), ModelNotFoundError):
+            self._last_known.pop(model, None)
 
     def route(self, model: str, caller: Callable[[], str | None]) -> Resolved:
         """As `resolve`, for a request: while the name's traffic is split, the version that is its caller's.
@@ -171,14 +236,17 @@ class Catalog:
         if name in self.base_names:
             raise ConflictError(f"{name!r} is the base's own name on this server; choose another")
 
-    def cards(self, base_state: str, state_of: Callable[[Version], str]) -> list[dict[str, Any]]:
+    def current(self) -> list[Version]:
+        """Every name's current version, as this server can serve it. Asks the registry."""
+        return [self.fit(version) for version in self._registry.models()]
+
+    def cards(
+        self, current: Sequence[Version], base_state: str, state_of: Callable[[Version], str]
+    ) -> list[dict[str, Any]]:
         """All entries of `/v1/models`, the base first."""
         return [
             self.base_card(base_state),
-            *(
-                version_card(version, version.name, state_of(version))
-                for version in map(self.fit, self._registry.models())
-            ),
+            *(version_card(version, version.name, state_of(version)) for version in current),
         ]
 
     def base_card(self, state: str) -> dict[str, Any]:

@@ -10,9 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from loradock_adapters.errors import InvalidSourceError
+from loradock_adapters.errors import InvalidSourceError, RegistryError
+from loradock_adapters.registry_url import parse_url
 from loradock_adapters.source_ref import check_prefix
 from loradock_adapters.strict_config import explain, read_yaml
 from loradock_serve import engine_args
@@ -201,7 +211,7 @@ DirectoryPath = Annotated[Path, Field(strict=False), AfterValidator(_expanded)]
 class ServeConfig(BaseModel):
     """Everything `loradock serve` can be told."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
 
     base: str
     """The base model: a Hub id, a checkpoint directory, or a run directory of `loradock train`."""
@@ -211,6 +221,15 @@ class ServeConfig(BaseModel):
     """Port to listen on; 0 takes a free one and prints it. Default 8080."""
     data_dir: DirectoryPath = Field(default_factory=default_data_dir)
     """Where uploads, the registry and engine logs live; in a file relative to it. Default `~/.local/share/loradock`."""
+    registry_url: SecretStr | None = None
+    """The registry that several gateways share: `postgresql://user:password@host/database`. The environment's
+    LORADOCK_REGISTRY_URL is the other way. Default: an SQLite file in `data_dir`."""
+    blobs_url: str | None = None
+    """Where uploads lie that several gateways share: `s3://bucket/prefix`, or another URL that fsspec knows. Default:
+    `data_dir` alone."""
+    blobs_cache_gib: Annotated[float, Field(ge=0)] = 100.0
+    """With `blobs_url`: GiB of `data_dir` for copies of uploads. The least recently used go first, never one that an
+    engine may read. Minimum 0 keeps what is in use. Default 100."""
     admin_key_file: DirectoryPath | None = None
     """A file whose content is the admin key; in a file relative to it. The environment's LORADOCK_ADMIN_KEY is the
     other way. Default: none."""
@@ -231,6 +250,16 @@ class ServeConfig(BaseModel):
 
     sources: SourcesConfig = SourcesConfig()
     """What the server fetches itself, from the Hub and from object stores."""
+
+    @field_validator("registry_url")
+    @classmethod
+    def _readable(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            try:
+                parse_url(url.get_secret_value())
+            except RegistryError as error:
+                raise ValueError(str(error)) from None
+        return url
 
     @property
     def is_loopback(self) -> bool:

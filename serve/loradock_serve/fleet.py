@@ -54,8 +54,8 @@ async def _nothing(_version: Version, _target: Target) -> None:
 class Weights(Protocol):
     """Where the bytes of versions are, as directories that engines can read."""
 
-    def adapter_dir(self, version: Version) -> Path:
-        """The directory of an adapter."""
+    async def adapter_dir(self, version: Version) -> Path:
+        """The directory of an adapter, fetched first where it is not on this machine."""
 
     async def full_weights_dir(self, version: Version) -> Path:
         """The directory of full weights: the upload itself, or the base with the adapter merged into it."""
@@ -216,7 +216,7 @@ class Fleet:
             start = await self.base.ensure_ready(max(0.0, deadline - time.monotonic()))
             self.refuse_without_plugin(start)
             try:
-                await self.load(start, version.digest, self._weights.adapter_dir(version))
+                await self.load(start, version.digest, await self._weights.adapter_dir(version))
             except EngineUnavailableError:
                 if time.monotonic() >= deadline or await start.client.is_healthy() is not False:
                     raise
@@ -346,6 +346,19 @@ class Fleet:
             entry.forgotten = True
             if not entry.in_use:
                 await self._send_away(digest)
+
+    def used_digests(self) -> set[str]:
+        """Versions that requests use now, or that have an engine of their own."""
+        return {*self._shared_in_use, *self._dedicated}
+
+    async def unload_idle(self, digest: str) -> None:
+        """Have the base's engine forget an adapter that nobody uses, before its files go."""
+        current = self.base.current
+        if current is None:
+            return
+        await self.loader.unload(current, digest)
+        with contextlib.suppress(EngineError):  # it may know it from another gateway
+            await current.client.unload_adapter(digest)
 
     def _unload(self, digest: str) -> None:
         self._forgotten.discard(digest)

@@ -8,7 +8,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import sqlalchemy as sa
 from fastapi import FastAPI, Request
@@ -49,6 +49,9 @@ STATUS: Mapping[type[Exception], int] = {
     serve.EngineRefusedError: 422,
     serve.EngineUnavailableError: 503,
     serve.EngineError: 502,
+    adapters.StoreUnavailableError: 503,
+    adapters.RegistryUnavailableError: 503,
+    adapters.CorruptBlobError: 502,
     adapters.InvalidNameError: 400,
     adapters.InvalidSourceError: 400,
     adapters.ManifestError: 400,
@@ -90,7 +93,12 @@ _SOON = (
     | serve.SourcePendingError
     | serve.SourceUnavailableError
     | adapters.UploadBusyError
+    | adapters.StoreUnavailableError
+    | adapters.RegistryUnavailableError
 )
+AWAY = sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError
+"""A database that does not answer, or no more, or has no connection left."""
+REGISTRY_RETRY_S = 5
 
 
 def status_of(error: Exception) -> int:
@@ -135,12 +143,15 @@ def headers_of(error: LoradockError) -> dict[str, str]:
 
 def explained(error: Exception) -> LoradockError | None:
     """What an error that the gateway did not raise itself means for a client; None where only the log can say."""
-    if isinstance(error, sa.exc.OperationalError):
-        cause = error.orig
-        full = isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode == sqlite3.SQLITE_FULL
-    else:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full:
+    if isinstance(error, AWAY):
+        cause = getattr(error, "orig", None)
+        if not (isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode == sqlite3.SQLITE_FULL):
+            return adapters.RegistryUnavailableError(
+                "The registry's database does not answer at the moment. Models that this server knows already keep "
+                f"answering; try again in {REGISTRY_RETRY_S} s",
+                retry_after_s=REGISTRY_RETRY_S,
+            )
+    elif not (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return None
     return serve.StorageFullError(
         "The server's disk is full: nothing that was there is lost, and what came of an upload is kept. Free some room "
@@ -192,7 +203,8 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, of_the_framework)
     app.add_exception_handler(ClientDisconnect, hung_up)
     app.add_exception_handler(OSError, perhaps_full)
-    app.add_exception_handler(sa.exc.OperationalError, perhaps_full)
+    for kind in get_args(AWAY):
+        app.add_exception_handler(kind, perhaps_full)
     app.add_exception_handler(Exception, unforeseen)
 
 

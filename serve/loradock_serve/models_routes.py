@@ -1,5 +1,7 @@
 """`/v1/models`: list, one, delete, in OpenAI's shapes with a `loradock` object in each entry."""
 
+import asyncio
+
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
@@ -16,11 +18,13 @@ def models_router(catalog: Catalog, pointers: Pointers, states: States) -> APIRo
 
     @router.get("")
     async def list_models() -> Response:
-        return JSONResponse({"object": "list", "data": catalog.cards(states.base, states.of)})
+        current = await asyncio.to_thread(catalog.current)
+        return JSONResponse({"object": "list", "data": catalog.cards(current, states.base, states.of)})
 
     # `:path` because ids may hold slashes (a Hub id); the OpenAI client sends them as %2F.
     @router.get("/{model:path}")
     async def one_model(model: str) -> Response:
+        await catalog.know(model)
         resolved = catalog.resolve(model)
         if resolved.version is None:
             return JSONResponse(catalog.base_card(states.base) | {"id": model})
@@ -28,6 +32,7 @@ def models_router(catalog: Catalog, pointers: Pointers, states: States) -> APIRo
 
     @router.delete("/{model:path}")
     async def delete_model(model: str) -> Response:
+        await catalog.know(model)
         resolved = catalog.resolve(model)
         if resolved.version is None:
             raise ConflictError(f"{model!r} is the base of this server and cannot be deleted")

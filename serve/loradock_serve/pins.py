@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from loradock_adapters.errors import CorruptBlobError, StoreUnavailableError
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.catalog import Catalog
 from loradock_serve.engine import EngineStart
@@ -97,6 +98,11 @@ class Pins:
             task.cancel()
         await asyncio.gather(*tasks, *self._releases, return_exceptions=True)
 
+    @property
+    def digests(self) -> set[str]:
+        """Of the pinned names' present versions."""
+        return {version.digest for version in self._names.values()}
+
     def state_of(self, name: str) -> tuple[PinState | None, str | None]:
         """Whether a name's adapter is held in a slot, or waits for one and, where that is known, why."""
         version = self._names.get(name)
@@ -116,6 +122,7 @@ class Pins:
             UnfitError: It was pushed for another base.
             PinLimitError: One slot must stay free for all others.
         """
+        await self._catalog.know(name)
         version = self._catalog.resolve_to_answer(name).version
         if version is None:
             raise ConflictError(f"{name!r} is the base of this server: it is always in memory and needs no pin")
@@ -138,6 +145,7 @@ class Pins:
         Raises:
             ModelNotFoundError: There is no such name; with near ones.
         """
+        await self._catalog.know(name)
         self._catalog.resolve(name)
         async with self._turn:
             was_pinned = await asyncio.to_thread(self._registry.unpin, name)
@@ -160,6 +168,7 @@ class Pins:
                     await self._read()
             except SQLAlchemyError as error:  # away for a moment, perhaps
                 log.warning("what is pinned could not be read: %s", error)
+                self._generation = -1  # look again in any case
             await self._changed()
 
     async def _changed(self) -> None:
@@ -204,10 +213,14 @@ class Pins:
                 await self._keeper.pin(version.digest)
                 hold.trouble = None
                 await start.client.pin_adapter(version.digest)
-            except EngineUnavailableError as error:
+            except (EngineUnavailableError, StoreUnavailableError) as error:
                 hold.trouble = str(error)
                 await asyncio.sleep(TRY_AGAIN_S)
-            except (EngineError, ConflictError) as error:
+            except SQLAlchemyError as error:
+                hold.trouble = "the registry's database does not answer"
+                log.warning("%s waits for the registry: %s", version.ref, error)
+                await asyncio.sleep(TRY_AGAIN_S)
+            except (EngineError, ConflictError, CorruptBlobError) as error:
                 hold.trouble = str(error)
                 log.warning("%s cannot be pinned: %s", version.ref, error)
                 self._keeper.unpin(version.digest)  # a slot that it does not get is not kept from all others

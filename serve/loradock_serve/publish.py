@@ -191,6 +191,7 @@ class Publisher:
             proof = await self._prove(manifest.digest, checkpoint, verdict, options)
             details = replace(Details.of(checkpoint), repairs=mended.repairs, proof=proof.to_json())
             details = replace(details, publisher=options.publisher, source=options.source)
+            await asyncio.to_thread(self._store.secure, manifest)  # before anybody, here or elsewhere, can name it
             version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
             return version, proof
         finally:

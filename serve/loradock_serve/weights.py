@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from loradock_adapters.registry import Version
-from loradock_adapters.store import LocalStore
 from loradock_serve import launcher
+from loradock_serve.directories import Directories
 from loradock_serve.errors import EngineStartError
 from loradock_serve.process import explain_status
 
@@ -31,22 +31,22 @@ MERGE_LOG_TAIL_BYTES = 2000
 
 
 class StoredWeights:
-    """The `Weights` of a fleet, from a local store."""
+    """The `Weights` of a fleet."""
 
-    def __init__(self, store: LocalStore, base: Callable[[], str], merged_root: Path) -> None:
-        self._store = store
+    def __init__(self, directories: Directories, base: Callable[[], str], merged_root: Path) -> None:
+        self._directories = directories
         self._base = base
         self._root = merged_root
         self._merges: dict[str, asyncio.Task[Path]] = {}
 
-    def adapter_dir(self, version: Version) -> Path:
+    async def adapter_dir(self, version: Version) -> Path:
         """The adapter's directory in the store."""
-        return self._store.version_dir(version.digest)
+        return await self._directories.get(version)
 
     async def full_weights_dir(self, version: Version) -> Path:
         """The store's directory of a full model; for an adapter the merge, made now if need be (EngineStartError)."""
         if version.kind == "full":
-            return self._store.version_dir(version.digest)
+            return await self._directories.get(version)
         # A data directory may be served with another base one day, or with this one trained anew.
         target = (
             self._root / f"{version.digest.removeprefix('sha256:')}-{await asyncio.to_thread(_identity, self._base())}"
@@ -76,7 +76,7 @@ class StoredWeights:
         self._root.mkdir(parents=True, exist_ok=True)
         _drop_left_overs(target)
         partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
-        adapter = self._store.version_dir(version.digest)
+        adapter = await self._directories.get(version)
         log.info("merging %s into the base, for an engine of its own", version.name)
         status, output = await _run((*MERGE, self._base(), str(adapter), str(partial)))
         if status != 0:

@@ -16,6 +16,7 @@ REGISTRY = {f"registry{part}.py" for part in ("", "_changes", "_rows", "_schema"
 HEAVY_HOMES = {
     "numpy": {"values.py", "repair_bases.py"},
     "sqlalchemy": REGISTRY | MIGRATIONS,
+    "fsspec": {"blob_store.py"},
     "psycopg": {"registry_changes.py"},
     "alembic": {"registry_schema.py", "migrations/env.py"} | MIGRATIONS,
 }

@@ -33,7 +33,7 @@ def test_a_hundred_models_are_listed_and_missed_in_no_time(registry: Registry) -
         publish(registry, f"customer-{number:03}")
     catalog = Catalog(registry, "m", Behaviour())
     began = time.monotonic()
-    assert len(catalog.cards("ready", lambda _version: "stored")) == 101
+    assert len(catalog.cards(catalog.current(), "ready", lambda _version: "stored")) == 101
     for _ in range(200):  # clients repeat their mistakes: only the first costs a look through all names
         with pytest.raises(ModelNotFoundError, match=r"Near names: customer-[0-9]{3}"):
             catalog.resolve("custmer-01")

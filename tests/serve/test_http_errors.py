@@ -57,6 +57,9 @@ EXAMPLES: list[tuple[LoradockError, int, str, str]] = [
     (adapters.HeaderError([PROBLEM]), 422, "invalid_request_error", "invalid_safetensors"),
     (adapters.InUseError("x"), 409, "conflict_error", "version_in_use"),
     (adapters.UsageError("x"), 400, "invalid_request_error", "usage"),
+    (adapters.StoreUnavailableError("x", retry_after_s=5), 503, "service_unavailable_error", "store_unavailable"),
+    (adapters.RegistryUnavailableError("x", retry_after_s=5), 503, "service_unavailable_error", "registry_unavailable"),
+    (adapters.CorruptBlobError("x"), 502, "server_error", "corrupt_blob"),
     (adapters.RegistryError("x"), 500, "server_error", "registry"),
 ]
 
@@ -114,6 +117,15 @@ def test_full_disk_is_recognised_by_its_number(error: Exception) -> None:
     explanation = explained(error)
     assert isinstance(explanation, serve.StorageFullError)
     assert "disk is full: nothing that was there is lost" in str(explanation)
+
+
+@pytest.mark.parametrize(
+    "error", [sa.exc.OperationalError("SELECT", {}, Exception("gone")), sa.exc.TimeoutError("no connection is free")]
+)
+def test_database_that_is_away_is_told_with_a_time_to_come_again(error: Exception) -> None:
+    explanation = explained(error)
+    assert isinstance(explanation, adapters.RegistryUnavailableError)
+    assert error_response(explanation).headers["retry-after"] == "5"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "x"), OSError("no space"), ValueError("x")])

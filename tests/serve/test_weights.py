@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from loradock_adapters.store import LocalStore
+from loradock_serve.directories import LocalDirectories
 from loradock_serve.errors import EngineStartError
 from loradock_serve.weights import StoredWeights
 from loradock_testing.engines import group_members
@@ -21,7 +22,7 @@ DORA = replace(LORA, placement="dedicated")
 
 @pytest.fixture
 def weights(tmp_path: Path) -> StoredWeights:
-    return StoredWeights(LocalStore(tmp_path / "store"), lambda: "the-base", tmp_path / "merged")
+    return StoredWeights(LocalDirectories(LocalStore(tmp_path / "store")), lambda: "the-base", tmp_path / "merged")
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
@@ -35,7 +36,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> No
 async def test_full_model_is_read_from_the_store_itself(weights: StoredWeights, tmp_path: Path) -> None:
     expected = tmp_path / "store" / "versions" / A.digest.removeprefix("sha256:")
     assert await weights.full_weights_dir(A) == expected
-    assert weights.adapter_dir(A) == expected
+    assert await weights.adapter_dir(A) == expected
 
 
 async def test_merge_is_made_once_and_kept(
@@ -45,7 +46,7 @@ async def test_merge_is_made_once_and_kept(
     first, second = await asyncio.gather(weights.full_weights_dir(DORA), weights.full_weights_dir(DORA))
     assert first == second == await weights.full_weights_dir(DORA)
     assert [path.name for path in first.iterdir()] == ["model.safetensors"]
-    assert (tmp_path / "calls").read_text() == f"the-base {weights.adapter_dir(DORA)}\n"
+    assert (tmp_path / "calls").read_text() == f"the-base {await weights.adapter_dir(DORA)}\n"
 
 
 async def test_merge_that_fails_says_why_is_not_kept_and_is_tried_again(
@@ -84,7 +85,7 @@ async def test_merge_into_another_base_is_another_merge(
     base = tmp_path / "base"
     base.mkdir()
     (base / "model.safetensors").write_text("one")
-    local = StoredWeights(LocalStore(tmp_path / "store"), lambda: str(base), tmp_path / "merged")
+    local = StoredWeights(LocalDirectories(LocalStore(tmp_path / "store")), lambda: str(base), tmp_path / "merged")
     before = await local.full_weights_dir(DORA)
     assert await weights.full_weights_dir(DORA) != before
     assert await local.full_weights_dir(DORA) == before

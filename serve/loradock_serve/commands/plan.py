@@ -59,12 +59,14 @@ def _here(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     from loradock_serve.config import load_config
     from loradock_serve.engine_command import this_machine
     from loradock_serve.plan import make_plan, plan_json
+    from loradock_serve.stores import registry_url
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     settings = load_config(config, flags)
     base = find_base(settings.base, settings.engine.vllm_arguments.get("revision"))
-    path = settings.data_dir / "registry.sqlite"
-    registry = Registry(f"sqlite:///{path}") if path.is_file() else None
+    url = registry_url(settings)
+    is_there = not url.startswith("sqlite") or (settings.data_dir / "registry.sqlite").is_file()
+    registry = Registry(url) if is_there else None
     try:
         advice = make_plan(settings, base, this_machine(), registry)
     finally:

@@ -118,7 +118,7 @@ class Places:
         self.may_merge = asyncio.Event()
         self.may_merge.set()
 
-    def adapter_dir(self, version: Version) -> Path:
+    async def adapter_dir(self, version: Version) -> Path:
         return Path("/adapters", version.name)
 
     async def full_weights_dir(self, version: Version) -> Path:
