@@ -157,14 +157,18 @@ def test_gateway_killed_at_random_moments_of_a_push_loses_nothing(world: World) 
 
 
 SLOWLY = """
-import sys, time
+import signal, sys, time
 from loradock_adapters import sending
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts tests in the background has it ignored
 from loradock_adapters.cli import run
 sending.CHUNK_BYTES = 64 * 1024
 go_on = sending.Sending._go_on
 sending.Sending._go_on = lambda self: (time.sleep(0.02), go_on(self))
 sys.exit(run(sys.argv[1:]))
 """
+
+
+STOPPED = "stopped: run the same command again, it goes on where this one ended\n"
 
 
 def test_client_killed_at_random_moments_goes_on_where_it_was(world: World) -> None:
@@ -174,12 +178,16 @@ def test_client_killed_at_random_moments_goes_on_where_it_was(world: World) -> N
     held = [0]
     with world.gateway() as server:
         words = ["push", str(directory), "model", "--server", server.url, "--json"]
-        for number in range(3):
+        for number, how in enumerate((signal.SIGINT, signal.SIGKILL, signal.SIGKILL)):
             moment_s = chance.uniform(0.05, 0.25)
-            with subprocess.Popen([sys.executable, "-c", SLOWLY, *words], stdout=subprocess.DEVNULL) as process:
+            command = [sys.executable, "-c", SLOWLY, *words]
+            with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
                 _until(lambda: not _is_idle(world))
                 time.sleep(moment_s)
-                process.kill()
+                process.send_signal(how)
+                _, said = process.communicate(timeout=60)
+            if how == signal.SIGINT:
+                assert (process.returncode, said.lstrip("\n")) == (130, STOPPED)
             _until(lambda: _is_idle(world))
             held.append(_held_bytes(world))
             assert held[-1] >= held[-2], f"seed {SEED}, kill {number}, {moment_s:.4f} s into the upload"
