@@ -29,6 +29,7 @@ COMMON: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora_config": {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj", "lm_head"]}},
     "full": {"group_by_length": False},
+    "packed": {"packing": True, "train_batch_size_per_device": 1},
 }
 
 
@@ -47,8 +48,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from loradock_testing.tiny_models import make_llama
 
     bases = {kind: make_llama(tmp_path_factory.mktemp(kind) / "base") for kind in KINDS}
-    config = bases["full"] / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.1}))
+    for kind in ("full", "packed"):
+        config = bases[kind] / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "attention_dropout": 0.1}))
     return bases
 
 

@@ -334,11 +334,6 @@ def test_validation_rows_of_another_format_are_refused(base: Path, tmp_path: Pat
         train(options(base, data, valid_path=str(valid)), output=tmp_path / "run")
 
 
-def test_packing_of_rows_that_are_not_raw_text_is_refused(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:
-    with pytest.raises(DataError, match="packing is for raw text only"):
-        train(options(base, write_rows("r.jsonl", ROWS), packing=True), output=tmp_path / "run")
-
-
 def test_launcher_of_several_processes_is_refused_until_it_is_supported(
     base: Path, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
 ) -> None:

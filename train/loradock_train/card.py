@@ -25,7 +25,7 @@ def model_card(config: TrainConfig, name: str, summary: dict[str, Any]) -> str:
         ("trained parameters", f"{parameters['trainable']:,} of {parameters['total']:,} ({parameters['share']:.3%})"),
         (
             "training rows",
-            f"{data['num_examples']:,} ({data['format']}), {data['num_trained_tokens']:,} tokens with a loss",
+            f"{data['num_documents']:,} ({data['format']}), {data['num_trained_tokens']:,} tokens with a loss",
         ),
         ("context length", f"{config.context_length} tokens"),
         ("steps", f"{summary['steps']:,} ({summary['epochs']:.2f} epochs, {summary['train_seconds']:.0f} s)"),

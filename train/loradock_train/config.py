@@ -150,7 +150,8 @@ class TrainConfig(Section):
     Default error."""
 
     packing: bool | None = None
-    """Raw text only: join documents and cut them into rows of context_length tokens. Default: on for raw text."""
+    """Put several rows of the data into one of context_length tokens, without attention across them: less padding.
+    Long documents of raw text are split, not cut off. Default: on for raw text."""
 
     # ---- how long -------------------------------------------------------------------------------------------------
     num_epochs: float | None = Field(default=None, gt=0)

@@ -4,7 +4,7 @@ Also the collator, which pads a batch to its own longest row. Knows nothing of m
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import torch
 
 from loradock_train.encode import IGNORED, Encoder, Example
 from loradock_train.errors import DataError, Problem
+from loradock_train.packing import join, pack, split_long
 from loradock_train.rows import Rows
 
 PAD_TO_MULTIPLE = 8
@@ -33,6 +34,10 @@ class DataReport:
     longest_tokens: int
     num_truncated: int
     num_dropped: int
+    num_split: int
+    """Documents of raw text over context_length that became several."""
+    num_documents: int
+    """What was packed into the rows; num_examples where nothing was packed."""
     sha256: str
 
     def notices(self, key: str, context_length: int) -> list[str]:
@@ -45,6 +50,11 @@ class DataReport:
         if self.num_dropped:
             told.append(
                 f"{key}: {self.num_dropped} of {self.num_rows} rows over context_length {context_length} were left out"
+            )
+        if self.num_split:
+            told.append(
+                f"{key}: {self.num_split} of {self.num_rows} documents over context_length {context_length} were split "
+                "(nothing was left out)"
             )
         return told
 
@@ -61,10 +71,17 @@ def build_dataset(
     token."""
     examples = [encoder.encode(row, rows.format) for row in rows.rows]
     longest = max(len(example.input_ids) for example in examples)
-    if packing:
-        kept, truncated, dropped = _pack(examples, context_length), 0, 0
+    split = 0
+    if packing and rows.format == "text":
+        split = sum(len(example.input_ids) > context_length for example in examples)
+        kept, truncated, dropped = [part for each in examples for part in split_long(each, context_length)], 0, 0
     else:
         kept, truncated, dropped = _fit(examples, rows, context_length, on_long_rows, key)
+    num_documents, positions = len(kept), None
+    if packing:
+        packed = pack([len(example.input_ids) for example in kept], context_length)
+        joined = [join([kept[index] for index in row]) for row in packed]
+        kept, positions = [example for example, _ in joined], [positions for _, positions in joined]
     if not kept or not any(example.num_trained_tokens for example in kept):
         raise DataError(f"{key} has nothing to learn:", [Problem(key, f"no row fits into {context_length} tokens")])
     report = DataReport(
@@ -76,9 +93,11 @@ def build_dataset(
         longest_tokens=longest,
         num_truncated=truncated,
         num_dropped=dropped,
+        num_split=split,
+        num_documents=num_documents,
         sha256=rows.sha256,
     )
-    return _as_dataset(kept), report
+    return _as_dataset(kept, positions), report
 
 
 def _fit(
@@ -118,23 +137,15 @@ def _fit(
     return kept, truncated, dropped
 
 
-def _pack(examples: Iterable[Example], context_length: int) -> list[Example]:
-    """Join all documents and cut every context_length tokens. The ragged last piece is kept."""
-    joined = [token for example in examples for token in example.input_ids]
-    pieces = [joined[start : start + context_length] for start in range(0, len(joined), context_length)]
-    if len(pieces) > 1 and len(pieces[-1]) < 2:
-        pieces.pop()  # a single token predicts nothing
-    return [Example(piece, list(piece)) for piece in pieces]
-
-
-def _as_dataset(examples: Sequence[Example]) -> datasets.Dataset:
-    dataset = datasets.Dataset.from_dict(
-        {
-            "input_ids": [np.asarray(example.input_ids, dtype=np.int32) for example in examples],
-            "labels": [np.asarray(example.labels, dtype=np.int32) for example in examples],
-            "length": [len(example.input_ids) for example in examples],
-        }
-    )
+def _as_dataset(examples: Sequence[Example], positions: Sequence[Sequence[int]] | None) -> datasets.Dataset:
+    columns: dict[str, Any] = {
+        "input_ids": [np.asarray(example.input_ids, dtype=np.int32) for example in examples],
+        "labels": [np.asarray(example.labels, dtype=np.int32) for example in examples],
+        "length": [len(example.input_ids) for example in examples],
+    }
+    if positions is not None:
+        columns["position_ids"] = [np.asarray(row, dtype=np.int32) for row in positions]
+    dataset = datasets.Dataset.from_dict(columns)
     dataset.set_format("numpy")
     return dataset
 
@@ -142,6 +153,9 @@ def _as_dataset(examples: Sequence[Example]) -> datasets.Dataset:
 @dataclass(frozen=True)
 class Collator:
     """Pads a batch on the right to its longest row (a multiple of 8), with the mask that says so.
+
+    Packed rows bring positions, and get no mask: their padding is one more document, which nothing sees. `num_tokens`
+    is for the meter; the trainer takes it out before the model sees the batch.
 
     B: rows, T: tokens of the longest row.
     """
@@ -161,6 +175,14 @@ class Collator:
             labels[index, :length] = torch.as_tensor(row["labels"])
             mask[index, :length] = 1
         labels[:, 0] = IGNORED  # nothing comes before the first token: it is never predicted, so it must not be counted
-        batch = {"input_ids": input_ids, "labels": labels}
+        batch = {"input_ids": input_ids, "labels": labels, "num_tokens": mask.sum()}
+        if "position_ids" in rows[0]:
+            positions = torch.arange(width).repeat(len(rows), 1)  # B, T
+            for index, row in enumerate(rows):
+                length = len(row["position_ids"])
+                positions[index, :length] = torch.as_tensor(row["position_ids"])
+                positions[index, length:] = torch.arange(width - length)
+            is_plain = bool((positions[:, -1] == width - 1).all())  # one document in every row
+            return batch if is_plain else {**batch, "position_ids": positions}
         # Without padding no mask: attention then takes its causal fast path.
         return batch if bool(mask.all()) else {**batch, "attention_mask": mask}

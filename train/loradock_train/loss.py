@@ -125,10 +125,12 @@ def _forward(model: nn.Module) -> Callable[..., CausalLMOutputWithPast]:
         input_ids: Tensor,
         labels: Tensor,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
-        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        where = {} if position_ids is None else {"position_ids": position_ids}
+        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **where).last_hidden_state
         learnt = labels[:, 1:] != IGNORED  # B, T-1: position t predicts token t+1
         states, targets = hidden[:, :-1][learnt], labels[:, 1:][learnt]  # N, D; N
         total = cross_entropy_sum(states, targets, head)

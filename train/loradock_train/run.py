@@ -32,7 +32,7 @@ from loradock_train.config import LoraOptions, TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.dataset import Collator, DataReport, build_dataset
 from loradock_train.encode import Encoder
-from loradock_train.errors import DataError, Problem, RunStopped
+from loradock_train.errors import ModelError, RunStopped
 from loradock_train.export import save_adapter, save_full, write_atomically
 from loradock_train.loss import can_own_loss
 from loradock_train.model import (
@@ -48,6 +48,7 @@ from loradock_train.model import (
     make_model,
 )
 from loradock_train.order import Order
+from loradock_train.packing import can_pack
 from loradock_train.plot import plot_loss
 from loradock_train.progress import Meter, Reporter
 from loradock_train.proof import MAX_PROMPT_TOKENS, Proof, probe_logits, prove, reload_logits
@@ -144,6 +145,11 @@ def train(
     if config.lora_config is not None:
         notices.extend(_placement_notices(config.lora_config))
 
+    if "position_ids" in data.train.column_names and not can_pack(inner_model(model), len(tokenizer)):
+        raise ModelError(
+            f"packing: {type(inner_model(model)).__name__} with this attention lets packed documents see each other; "
+            "set packing: false, or attn_implementation: sdpa"
+        )
     if save is not None:
         check_same_base(save, base_logits)
     prepare_output(directory, save)
@@ -192,11 +198,7 @@ def _resolve(
 
 
 def _load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> _Data:
-    if config.packing and rows.format != "text":
-        raise DataError(
-            "packing is for raw text only:", [Problem("train_path", f"the rows are of format {rows.format}")]
-        )
-    packing = rows.format == "text" and config.packing is not False
+    packing = config.packing if config.packing is not None else rows.format == "text"
     encoder = Encoder(tokenizer, config.append_eos, config.prompt_template)
     options = (encoder, config.context_length, config.on_long_rows, packing)
     train_set, report = build_dataset(rows, *options, "train_path")
@@ -245,9 +247,11 @@ def _placement_notices(options: LoraOptions) -> list[str]:
 
 def _announce(console: Console, config: TrainConfig, model: nn.Module, data: _Data, precision: Precision) -> None:
     count, report = count_parameters(model), data.reports["train"]
+    is_packed = "position_ids" in data.train.column_names
+    packed = f" packed into {report.num_examples:,}" if is_packed else ""
     console.print(
         f"{config.kind}: {count.trainable:,} of {count.total:,} parameters trained ({count.share:.3%}), "
-        f"{report.num_examples:,} {report.format} rows, {report.num_trained_tokens:,} tokens with a loss, "
+        f"{report.num_documents:,} {report.format} rows{packed}, {report.num_trained_tokens:,} tokens with a loss, "
         f"arithmetic {precision.arithmetic}, learning rate {config.peak_learning_rate:g}",
         markup=False,
         highlight=False,

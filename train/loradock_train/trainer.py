@@ -110,9 +110,8 @@ class LoradockTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Counts tokens, else transformers' own."""
-        mask = inputs.get("attention_mask")
-        self.meter.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        return super().training_step(model, inputs, num_items_in_batch)
+        self.meter.tokens += int(inputs["num_tokens"])
+        return super().training_step(model, _for_model(inputs), num_items_in_batch)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -126,7 +125,7 @@ class LoradockTrainer(Trainer):
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, learnt tokens
         with torch.no_grad():
             for inputs in loader:
-                batch = self._prepare_inputs(inputs)
+                batch = self._prepare_inputs(_for_model(inputs))
                 count = (batch["labels"][:, 1:] != IGNORED).sum()
                 if int(count) == 0:
                     continue
@@ -144,6 +143,10 @@ class LoradockTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _for_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name != "num_tokens"}
 
 
 class _Hooks(TrainerCallback):
