@@ -1,0 +1,115 @@
+"""What a look at the data finds before a minute of training is spent: lengths, what is learnt, what is there twice.
+
+Counts and shows; refuses nothing (training does, with the same rows). Knows nothing of models and prints nothing.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from loradock_train.encode import IGNORED, Encoder, Example
+from loradock_train.rows import Rows
+
+BINS = 10
+MAX_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Rows that share a peculiarity, the first few by name."""
+
+    message: str
+    num_rows: int
+    first: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """One split, looked at."""
+
+    format: str
+    num_rows: int
+    num_tokens: int
+    num_trained_tokens: int
+    percentiles: dict[str, int]
+    """Tokens of a row: the least, p50, p95, p99 and the most."""
+    histogram: tuple[tuple[int, int, int], ...]
+    """Of each bin: least and most tokens, and rows."""
+    findings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring tokens that are all learnt, or all not."""
+
+    token_ids: tuple[int, ...]
+    is_learnt: bool
+
+
+def examine(
+    rows: Rows, encoder: Encoder, context_length: int, splits_long: bool, others: Rows | None = None
+) -> Examination:
+    """Look at every row. `others`: rows of the other split, that should not be here as well. `splits_long`: long rows
+    are split (packed raw text), so that nothing is cut off. Raises DataError for a row that cannot be encoded."""
+    examples = [encoder.encode(row, rows.format) for row in rows.rows]
+    places = [row.where for row in rows.rows]
+    lengths = [len(example.input_ids) for example in examples]
+    stops = encoder.stop_ids()
+    met: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+    elsewhere = {tuple(encoder.encode(row, others.format).input_ids) for row in others.rows} if others else set()
+    named: dict[str, list[str]] = {}
+    for place, example, length in zip(places, examples, lengths, strict=True):
+        tokens = tuple(example.input_ids)
+        content = (tokens, tuple(example.labels))
+        kept = example if splits_long else Example(example.input_ids[:context_length], example.labels[:context_length])
+        marks = {
+            f"over context_length {context_length}": length > context_length,
+            "without a token that is learnt": not example.num_trained_tokens,
+            f"whose answer is cut away at context_length {context_length}": bool(example.num_trained_tokens)
+            and not kept.num_trained_tokens,
+            "there more than once (copies after the first)": content in met,
+            "in the other split as well": tokens in elsewhere,
+            "that never learn to stop (no stop token is learnt)": not stops.intersection(example.labels),
+        }
+        met.add(content)
+        for message, is_so in marks.items():
+            if is_so:
+                named.setdefault(message, []).append(place)
+    return Examination(
+        format=rows.format,
+        num_rows=len(examples),
+        num_tokens=sum(lengths),
+        num_trained_tokens=sum(example.num_trained_tokens for example in examples),
+        percentiles=_percentiles(lengths),
+        histogram=_histogram(lengths),
+        findings=tuple(Finding(text, len(found), tuple(found[:MAX_NAMED])) for text, found in named.items()),
+    )
+
+
+def spans(example: Example) -> list[Span]:
+    """The row as a person should see it. The first token is never learnt: nothing comes before it."""
+    learnt = [index > 0 and label != IGNORED for index, label in enumerate(example.labels)]
+    pairs = zip(learnt, example.input_ids, strict=True)
+    return [
+        Span(tuple(token for _, token in group), is_learnt)
+        for is_learnt, group in groupby(pairs, key=lambda pair: pair[0])
+    ]
+
+
+def _percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Nearest rank: each is the length of some row."""
+    ordered = sorted(lengths)
+    shares = {"min": 0.0, "p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
+    return {name: ordered[max(0, math.ceil(share * len(ordered)) - 1)] for name, share in shares.items()}
+
+
+def _histogram(lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    low, high = min(lengths), max(lengths)
+    width = math.ceil((high - low + 1) / BINS)
+    counts = Counter((length - low) // width for length in lengths)
+    return tuple(
+        (low + index * width, min(high, low + (index + 1) * width - 1), counts[index])
+        for index in range((high - low) // width + 1)
+    )
