@@ -10,7 +10,8 @@ from loradock_adapters.checkpoint import ADAPTER_WEIGHTS
 from loradock_adapters.errors import HeaderError, NotFoundError
 from loradock_adapters.safetensors_header import TensorInfo, read_header
 
-_TYPES = {"F32": ("<u4", 0x7FFF_FFFF), "F16": ("<u2", 0x7FFF), "BF16": ("<u2", 0x7FFF)}
+_TYPES = {"F32": (4, b"\0\0\0\x80"), "F16": (2, b"\0\x80"), "BF16": (2, b"\0\x80")}
+"""Bytes of a value, and the one with nothing but its sign set."""
 
 
 def touched_tokens(directory: Path) -> list[int] | None:
@@ -31,15 +32,17 @@ def touched_tokens(directory: Path) -> list[int] | None:
 
 
 def _columns(path: Path, info: TensorInfo) -> list[int]:
-    """The columns of a matrix that are not zero throughout; a negative zero is zero."""
-    import numpy as np
+    """The columns of a matrix that are not zero throughout; a negative zero is zero.
 
-    pattern, magnitude = _TYPES[info.dtype]
+    All rows or-ed as one whole number each: bits that are set in none of them, but for the signs, are zeros.
+    """
+    width, sign = _TYPES[info.dtype]
     rows, columns = info.shape
-    found = np.zeros(columns, dtype=bool)
+    gathered = 0
     with path.open("rb") as file:
         file.seek(info.offsets[0])
         for _ in range(rows):
-            row = np.frombuffer(file.read(columns * np.dtype(pattern).itemsize), dtype=pattern)
-            found |= (row & magnitude) != 0
-    return [int(column) for column in np.flatnonzero(found)]
+            gathered |= int.from_bytes(file.read(columns * width), "little")
+    gathered &= ~int.from_bytes(sign * columns, "little")
+    bits = gathered.to_bytes(columns * width, "little")
+    return [column for column in range(columns) if any(bits[column * width : (column + 1) * width])]
