@@ -404,18 +404,6 @@ def test_in_memory_database_refused(memory: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["sqlite"], indirect=True)
-def test_resolve_among_a_thousand_versions_stays_fast(registry: Registry) -> None:
-    for seed in range(1000):
-        registry.publish(f"m{seed % 250}", manifest(seed), SHARED)
-    times_s = []
-    for seed in range(200):
-        started_s = time.perf_counter()
-        registry.resolve(f"m{seed}")
-        times_s.append(time.perf_counter() - started_s)
-    assert sorted(times_s)[100] < 0.002  # 0.3 ms at rest; twice the goal leaves room for a busy machine
-    assert len(registry.models()) == 250
-
-
 def test_proof_and_repairs_are_kept_and_the_same_bytes_take_the_proof_of_today(registry: Registry) -> None:
     repairs = (Problem("rekeyed", "the prefix was wrong", "model.x"),)
     first = Details(proof={"state": "unproven"}, repairs=repairs, source="hf://o/r@abc", publisher="ada")
