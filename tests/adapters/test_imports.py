@@ -14,7 +14,7 @@ REGISTRY = {f"registry{part}.py" for part in ("", "_changes", "_rows", "_schema"
     f"{table}_table.py" for table in ("splits", "tags", "traffic")
 }
 HEAVY_HOMES = {
-    "numpy": {"values.py", "repair_bases.py"},
+    "numpy": {"values.py", "repair_bases.py", "touched.py"},
     "sqlalchemy": REGISTRY | MIGRATIONS,
     "fsspec": {"blob_store.py"},
     "psycopg": {"registry_changes.py"},
