@@ -13,6 +13,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
+from loradock_adapters.manifest import manifest_of
 from loradock_testing.checkpoints import write_adapter, write_full
 from loradock_testing.gateway import Served, serving
 from loradock_testing.malformed import DIRECTORIES, Answer, Make
@@ -150,3 +151,19 @@ async def test_malformed_blob_is_refused_and_leaves_nothing(
     assert place_of(answer) == expected
     assert await kept(traffic.served) == before
     await traffic.ask()
+
+
+async def test_adapter_that_changes_nothing_is_published_by_force_with_a_remark(
+    traffic: Traffic, tmp_path: Path
+) -> None:
+    make, _ = DIRECTORIES["nothing_changed"]
+    make(write_adapter(tmp_path / "idle"))
+    served = traffic.served
+    assert (await served.push(tmp_path / "idle", "idle")).status_code == 422
+    for path in (tmp_path / "idle").iterdir():
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        (await served.client.put(f"/v1/adapters/blobs/{sha256}", content=path.read_bytes())).raise_for_status()
+    document = {**manifest_of(tmp_path / "idle").to_json(), "force": True}
+    published = await served.client.post("/v1/adapters/idle/versions", json=document)
+    assert published.status_code == 201, published.text
+    assert "changes_nothing" in [reason["code"] for reason in published.json()["reasons"]]
