@@ -108,10 +108,15 @@ class DirectoryUse:
         self._descriptor = os.open(data_dir / USERS_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._close = weakref.finalize(self, os.close, self._descriptor)
         fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        self._inside = 0
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Keeps others from coming. ConflictError where there are some."""
+        """Keeps others from coming. ConflictError where there are some. Several may be alone together in here."""
+        if self._inside:
+            with self._counted():
+                yield
+            return
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -120,10 +125,19 @@ class DirectoryUse:
                 "Another gateway uses this data_dir, and its engine may read files that no name has any more: stop all "
                 "but one, then collect there"
             ) from error
+        with self._counted():
+            yield
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """The last one to leave lets others in again."""
+        self._inside += 1
         try:
             yield
         finally:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+            self._inside -= 1
+            if not self._inside:
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
 
     def release(self) -> None:
         """Use it no more. Harmless when done twice."""

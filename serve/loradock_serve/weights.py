@@ -60,10 +60,6 @@ class StoredWeights:
             task.add_done_callback(lambda _task: self._merges.pop(version.digest, None))
         return await asyncio.shield(task)
 
-    def is_merging(self, digest: str) -> bool:
-        """Whether an adapter is being merged into the base at this moment."""
-        return digest in self._merges
-
     def merged(self) -> dict[str, list[Path]]:
         """The merges that are on the disk, by the version's digest."""
         found: dict[str, list[Path]] = {}

@@ -1,6 +1,7 @@
 """Collecting what no name has any more: what goes, what stays and why, also beside publishes."""
 
 import asyncio
+import fcntl
 import hashlib
 import os
 import random
@@ -214,6 +215,21 @@ async def test_collecting_beside_another_gateway_is_refused(world: World) -> Non
     assert (await world.collect(dry_run=True)).versions == [digest]
     other.release()
     assert (await world.collect()).versions == [digest]
+
+
+def test_directory_is_held_until_the_last_who_is_alone_on_it_leaves(tmp_path: Path) -> None:
+    here, other = DirectoryUse(tmp_path), DirectoryUse(tmp_path)
+    other.release()
+    with here.alone():
+        with here.alone():
+            pass
+        with pytest.raises(BlockingIOError), (tmp_path / "users.lock").open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with (tmp_path / "users.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    with pytest.raises(ConflictError), DirectoryUse(tmp_path).alone():
+        pass  # `here` still uses it
+    here.release()
 
 
 names = st.sampled_from(["a", "b"])

@@ -189,8 +189,10 @@ class Churn:
         with self.ledger.change(name) as change:
             answer = await api.push(name, directory)
             assert answer["placement"] == "shared", answer
-            change.number = answer["version"]
-            self.ledger.published(name, answer["version"], directory, answer["digest"])
+            number = change.number = answer["version"]
+            self.ledger.published(name, number, directory, answer["digest"])
+            if answer["current_version"] != number:  # the bytes of an older version: a push of these moves nothing
+                await api.promote(name, number)
 
     async def _switch(
         self, api: Api, names: Sequence[str], report: Report, progress: Progress, chance: random.Random

@@ -86,6 +86,10 @@ class Api:
             await self._json("PUT", f"/v1/adapters/blobs/{entry.sha256}", data=data)
         return await self._json("POST", f"/v1/adapters/{name}/versions", json=manifest.to_json())
 
+    async def promote(self, name: str, number: int) -> dict[str, Any]:
+        """Point the name at one of its versions."""
+        return await self._json("POST", f"/v1/adapters/{name}/promote", json={"version": number})
+
     async def roll_back(self, name: str, number: int) -> dict[str, Any]:
         """Point a name at one of its versions."""
         return await self._json("POST", f"/v1/adapters/{name}/rollback", json={"version": number})
