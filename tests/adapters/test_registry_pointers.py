@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,9 +19,9 @@ def manifest(seed: int) -> Manifest:
 
 
 @pytest.fixture
-def registry(tmp_path: Path) -> Iterator[Registry]:
+def registry(url: str) -> Iterator[Registry]:
     """With versions 1 to 4 of `sql`, and one of `other`."""
-    registry = Registry(f"sqlite:///{tmp_path}/registry.db")
+    registry = Registry(url)
     for seed in range(1, 5):
         registry.publish("sql", manifest(seed), SHARED)
     registry.publish("other", manifest(1), SHARED)
