@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from loradock_adapters.cli import run
+from loradock_serve.engine_client import EngineClient
+from loradock_serve.errors import EngineUnavailableError
 from loradock_testing.gateway import Served
 from loradock_testing.tiny_checkpoints import write_adapter
 from loradock_testing.waiting import until
@@ -121,3 +123,20 @@ async def test_removals_and_collections_under_load_fail_no_other_request(shared:
     await asyncio.gather(*clients)
     assert wrong == []
     assert len(list((shared.data_dir / "versions").glob("[0-9a-f]*"))) <= 5
+
+
+async def test_engine_that_does_not_say_what_it_has_keeps_everything(
+    shared: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = await push(shared, tmp_path, "unknown")
+    await shared.client.delete("/v1/adapters/unknown")
+
+    async def silent(_client: EngineClient) -> None:
+        raise EngineUnavailableError("it does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineClient, "status", silent)
+        report = (await shared.client.post("/v1/adapters/gc")).json()
+    assert {"digest": digest, "why": "the base's engine does not say what it has loaded"} in report["kept"]
+    assert shared.version_dir(digest).is_dir()
+    assert digest in (await shared.client.post("/v1/adapters/gc")).json()["digests"]
