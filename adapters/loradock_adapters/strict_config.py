@@ -5,12 +5,12 @@ For the frozen pydantic models of `loradock serve` and `loradock train`. Knows n
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from loradock_adapters.errors import UsageError
 
@@ -87,7 +87,18 @@ def _what(problem: Mapping[str, Any], model: type[BaseModel]) -> str:
         return "missing, and needed"
     message = str(problem["msg"]).removeprefix("Value error, ")
     given = problem.get("input")
-    return f"{message} (given: {given!r})" if isinstance(given, str | int | float | bool) else message
+    shown = isinstance(given, str | int | float | bool) and not _is_secret(location, model)
+    return f"{message} (given: {given!r})" if shown else message
+
+
+def _is_secret(location: Sequence[int | str], model: type[BaseModel]) -> bool:
+    """Whether what stands there must not be repeated."""
+    for end in range(len(location), 0, -1):  # pydantic may name parts of a union behind the key
+        owner = _model_at(model, location[: end - 1])
+        field = owner.model_fields.get(str(location[end - 1])) if owner is not None else None
+        if field is not None:
+            return SecretStr in (field.annotation, *get_args(field.annotation))
+    return False
 
 
 def _model_at(model: type[BaseModel], location: Iterable[int | str]) -> type[BaseModel] | None:

@@ -1,18 +1,25 @@
 """From a model's name to its version, few models and many."""
 
+import asyncio
 import hashlib
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
+import sqlalchemy as sa
 
+from loradock_adapters.errors import RegistryUnavailableError
 from loradock_adapters.gate import Verdict
 from loradock_adapters.manifest import FileEntry, Manifest
-from loradock_adapters.registry import Details, Registry
+from loradock_adapters.registry import Details, Registry, Route, Version
 from loradock_serve import catalog as catalog_module
 from loradock_serve.catalog import Catalog
 from loradock_serve.errors import ConflictError, ModelNotFoundError
 from loradock_serve.rewrite import Behaviour
+from loradock_testing.waiting import until
 
 
 def manifest(content: str) -> Manifest:
@@ -105,3 +112,105 @@ def test_endless_name_is_not_compared_with_anything(registry: Registry) -> None:
         catalog.resolve("m" * 10**7)
     assert caught.value.near == ()
     registry.close()
+
+
+class AwayRegistry:
+    """A registry whose database answers, fails or says nothing, as a test wants."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self.number = 0
+        self.error: Exception | None = None
+        self.asked: list[str] = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    def generation(self) -> int:
+        return self.number
+
+    def route(self, name: str) -> Route:
+        self.asked.append(name)
+        assert self.may_answer.wait(10)
+        if self.error is not None:
+            raise self.error
+        return self._registry.route(name)
+
+    def models(self) -> list[Version]:
+        return self._registry.models()
+
+
+AWAY = sa.exc.OperationalError("SELECT", {}, Exception("the server is away"))
+
+
+@pytest.fixture
+def away(registry: Registry) -> Iterator[AwayRegistry]:
+    publish(registry, "a", "one")
+    yield AwayRegistry(registry)
+    registry.close()
+
+
+def catalog_on(away: AwayRegistry) -> Catalog:
+    return Catalog(cast(Registry, away), "m", Behaviour())
+
+
+async def test_name_is_asked_for_once_however_many_want_to_know_it(away: AwayRegistry) -> None:
+    catalog = catalog_on(away)
+    away.may_answer.clear()
+    wanted = [asyncio.create_task(catalog.know("a")) for _ in range(5)]
+    await until(lambda: bool(away.asked), "the question")
+    away.may_answer.set()
+    await asyncio.gather(*wanted)
+    await catalog.know("a")
+    await catalog.know("m")
+    assert catalog.resolve("a").engine_name == manifest("one").digest
+    assert away.asked == ["a"]
+    with pytest.raises(ModelNotFoundError):
+        await catalog.know("b")
+
+
+async def test_name_that_was_seen_answers_while_the_database_is_away(away: AwayRegistry) -> None:
+    catalog = catalog_on(away)
+    await catalog.know("a")
+    away.number, away.error = 1, AWAY  # something has changed, and nobody can say what
+    for _ in range(3):
+        await catalog.know("a")
+        assert catalog.resolve("a").engine_name == manifest("one").digest
+    assert len(away.asked) == 2, "a database that is away is not asked for each request"
+    with pytest.raises(sa.exc.OperationalError):
+        await catalog.know("never-seen")
+
+
+async def test_name_that_moved_meanwhile_is_seen_once_the_database_is_back(
+    away: AwayRegistry, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "AWAY_S", 0.0)
+    catalog = catalog_on(away)
+    await catalog.know("a")
+    publish(registry, "a", "two")
+    away.number = 1
+    await catalog.know("a")
+    assert catalog.resolve("a").engine_name == manifest("two").digest
+    registry.delete("a")
+    away.number = 2
+    with pytest.raises(ModelNotFoundError):
+        await catalog.know("a")
+    away.error = AWAY
+    with pytest.raises(sa.exc.OperationalError):
+        await catalog.know("a")  # it is known to be gone
+
+
+async def test_database_that_says_nothing_holds_nobody_for_long(
+    away: AwayRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "LOOKUP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.02)
+    catalog = catalog_on(away)
+    await catalog.know("a")
+    away.number = 1
+    away.may_answer.clear()
+    await catalog.know("a")
+    assert catalog.resolve("a").engine_name == manifest("one").digest
+    with pytest.raises(RegistryUnavailableError, match=r"not said within 0\.05 s what 'b' is"):
+        await catalog.know("b")
+    away.may_answer.set()
+    await until(lambda: not catalog._lookups, "the late answers")

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from loradock_adapters.errors import UsageError
+from loradock_serve import stores
 from loradock_serve.config import (
     AdmissionConfig,
     DedicatedConfig,
@@ -200,3 +202,22 @@ def test_wrong_key_of_ours_does_not_hide_a_wrong_vllm_argument(tmp_path: Path) -
         "dedicated.engine.prot:",
     ):
         assert part in text
+
+
+def test_password_of_the_registry_is_shown_nowhere(tmp_path: Path) -> None:
+    config = load_config(None, {"base": "x", "registry_url": "postgresql://u:s3cret@h/d"})
+    assert "s3cret" not in repr(config) + str(config) + str(config.model_dump())
+    assert stores.registry_url(config, {}) == "postgresql://u:s3cret@h/d"
+    for wrong in ("postgresql://u:s3cret@h:port/d", "mysql://u:s3cret@h/d", 7):
+        (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"base": "x", "registry_url": wrong}))
+        with pytest.raises(ServeConfigError, match="registry_url: ") as caught:
+            load_config(tmp_path / "serve.yaml", {})
+        assert "s3cret" not in str(caught.value) + str(caught.value.__cause__)
+
+
+def test_registry_is_the_environments_else_the_files_else_in_the_data_dir(tmp_path: Path) -> None:
+    silent = load_config(None, {"base": "x", "data_dir": str(tmp_path)})
+    assert stores.registry_url(silent, {}) == f"sqlite:///{tmp_path}/registry.sqlite"
+    told = load_config(None, {"base": "x", "registry_url": "postgresql://h/file"})
+    assert stores.registry_url(told, {stores.REGISTRY_URL: "postgresql://h/env"}) == "postgresql://h/env"
+    assert stores.registry_url(told, {stores.REGISTRY_URL: ""}) == "postgresql://h/file"
