@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from loradock_adapters.errors import CheckpointError
 from loradock_adapters.passport import read_passport
 from loradock_adapters.probe import Probe, fixed_prompts
@@ -126,7 +128,11 @@ class Prover:
         proof = await self._bounded(self._own(target, probe) if own else self._shared(target, directory, probe))
         metrics.PROOFS.labels(proof.state).inc()
         if proof.state != "unproven":
-            await asyncio.to_thread(self._registry.set_proof, version.digest, proof.to_json())
+            try:
+                await asyncio.to_thread(self._registry.set_proof, version.digest, proof.to_json())
+            except SQLAlchemyError as error:  # away for a moment: no reason to answer nobody
+                log.warning("what was proven of %s could not be kept: %s", version.ref, error)
+                return proof if proof.state == "failed" else unproven("the registry could not keep it")
             log.log(
                 logging.INFO if proof.state == "proven" else logging.ERROR,
                 "%s is %s%s",

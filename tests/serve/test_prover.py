@@ -10,9 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from loradock_adapters.passport import Passport, PassportBase, write_passport
 from loradock_adapters.probe import Probe, ProbePrompt, ProbeToken
+from loradock_adapters.registry import Registry
 from loradock_serve import prover
 from loradock_serve.engine import Engine
 from loradock_testing.gateway import Served, serving
@@ -182,6 +184,23 @@ async def test_adapter_published_without_an_engine_is_proven_at_its_first_load(
         assert len(await probes(served)) == 2, "once the base and once the adapter, for all five requests"
         scraped = (await served.client.get("/metrics")).text
         assert 'loradock_versions_proof{state="proven"} 1.0' in scraped
+
+
+async def test_adapter_whose_proof_cannot_be_kept_answers_and_is_proven_once_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_arguments: object) -> int:
+        raise sa.exc.OperationalError("UPDATE", {}, Exception("the server is away"))
+
+    may_start = late(monkeypatch)
+    monkeypatch.setattr(Registry, "set_proof", away)
+    async with serving(tmp_path, monkeypatch) as served:
+        digest = (await served.push(give_passport(write_adapter(tmp_path / "a")), "early")).json()["digest"]
+        may_start.set()
+        for _ in range(3):
+            assert await served.text("early", "x") == f"{digest}:x"
+        assert len(await probes(served)) == 2
+        assert (await served.client.get("/v1/adapters/early")).json()["proven"] == "unproven"
 
 
 async def test_adapter_that_fails_at_its_first_load_answers_nothing_and_says_why(
