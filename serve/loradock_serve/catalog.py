@@ -96,7 +96,9 @@ class Catalog:
         self._last_known: dict[str, Resolved] = {}
         """What names meant before the last changes, for while the database is away."""
         self._away_until_s = 0.0
-        self._lookups: dict[str, asyncio.Task[Resolved]] = {}
+        self._lookups: dict[tuple[str, int], asyncio.Task[Resolved]] = {}
+        """Under way: a model, and the generation before the lookup began. Who comes after a change joins none of these:
+        it may have read what was there before."""
         self._threads = ThreadPoolExecutor(LOOKUPS, "loradock-names")
         self._generation = -1
         self._created = int(time.time())
@@ -127,10 +129,10 @@ class Catalog:
         if model in self._cache or model in self.base_names or self._guess(model) is not None:
             return
         generation = self._generation
-        task = self._lookups.get(model)
+        task = self._lookups.get((model, generation))
         if task is None:
-            task = self._lookups[model] = asyncio.create_task(self._look_up_in_thread(model))
-            task.add_done_callback(lambda done: self._looked_up(model, done))
+            task = self._lookups[model, generation] = asyncio.create_task(self._look_up_in_thread(model))
+            task.add_done_callback(lambda done: self._looked_up(model, generation, done))
         timeout_s = LOOKUP_TIMEOUT_S if model not in self._last_known else KNOWN_TIMEOUT_S
         try:
             async with asyncio.timeout(timeout_s):
@@ -173,8 +175,8 @@ class Catalog:
     async def _look_up_in_thread(self, model: str) -> Resolved:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._look_up, model)
 
-    def _looked_up(self, model: str, done: asyncio.Task[Resolved]) -> None:
-        del self._lookups[model]
+    def _looked_up(self, model: str, generation: int, done: asyncio.Task[Resolved]) -> None:
+        del self._lookups[model, generation]
         if not done.cancelled() and isinstance(done.exception(), ModelNotFoundError):
             self._last_known.pop(model, None)
 

@@ -77,6 +77,34 @@ def test_what_another_gateway_changes_is_seen_at_the_next_request(registry: Regi
     other.close()
 
 
+async def test_lookup_from_before_a_change_is_not_remembered_by_who_joins_it_after(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(registry, "a", "one")
+    catalog = Catalog(registry, "m", Behaviour())
+    has_read, may_answer = threading.Event(), threading.Event()
+    route = Registry.route
+
+    def slowly(self: Registry, name: str) -> Route:
+        found = route(self, name)
+        has_read.set()
+        may_answer.wait(10)
+        return found
+
+    with monkeypatch.context() as slow:
+        slow.setattr(Registry, "route", slowly)
+        early = asyncio.create_task(catalog.know("a"))
+        await asyncio.to_thread(has_read.wait, 10)
+        publish(registry, "a", "two")
+        slow.undo()
+        late = asyncio.create_task(catalog.know("a"))
+        await asyncio.sleep(0)
+        may_answer.set()
+        await asyncio.gather(early, late)
+    assert catalog.resolve("a").engine_name == manifest("two").digest
+    registry.close()
+
+
 def test_name_that_does_not_change_is_looked_up_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(registry, "a")
     catalog = Catalog(registry, "m", Behaviour())
