@@ -39,7 +39,7 @@ ABOUT_ADAPTERS = {
 }
 ABOUT_ADAPTERS |= {"specialize_active_lora", "enable_tower_connector_lora", "enable_moe_shared_loras"}
 # The second opens vLLM's own load routes, and a look-up of unknown names with a lock kept for each: ours need neither.
-KEPT_FROM_ENGINES = {"LORADOCK_ADMIN_KEY", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
+KEPT_FROM_ENGINES = {"LORADOCK_ADMIN_KEY", "LORADOCK_REGISTRY_URL", "PGPASSWORD", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
 GIB = 1024**3
 
 

@@ -25,8 +25,8 @@ log = logging.getLogger("loradock.weights")
 
 PARTIAL = ".partial"
 MERGE = (sys.executable, "-m", "loradock_serve.merge")
-ADMIN_KEY = "LORADOCK_ADMIN_KEY"
-"""Kept from the merge, which runs third parties' code and has no use for it."""
+SECRETS = {"LORADOCK_ADMIN_KEY", "LORADOCK_REGISTRY_URL", "PGPASSWORD"}
+"""Kept from the merge, which runs third parties' code and has no use for them."""
 MERGE_LOG_TAIL_BYTES = 2000
 
 
@@ -108,7 +108,7 @@ async def _run(command: Sequence[str]) -> tuple[int, bytes]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-        env={key: value for key, value in os.environ.items() if key != ADMIN_KEY},
+        env={key: value for key, value in os.environ.items() if key not in SECRETS},
         start_new_session=True,
     )
     assert process.stdout is not None

@@ -265,15 +265,17 @@ def test_s3_object_that_is_gone_and_bucket_that_is_not_there(tmp_path: Path, s3:
 def test_s3_server_that_is_away_or_silent_is_told_in_bounded_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(blob_store, "READ_TIMEOUT_S", 0.3)
     with s3_server() as server, environment(server.environment):
         url = server.new_bucket()
         manifest = put(CachedStore(tmp_path / "a", FsspecBlobs(url)), files(1))
         store = CachedStore(tmp_path / "b", FsspecBlobs(url))
+        with monkeypatch.context() as patch:
+            patch.setattr(blob_store, "READ_TIMEOUT_S", 0.3)
+            impatient = CachedStore(tmp_path / "b", FsspecBlobs(url))
         server.suspend()
         began = time.monotonic()
         with pytest.raises(StoreUnavailableError) as caught:
-            store.materialise(manifest)
+            impatient.materialise(manifest)
         server.go_on()
         assert caught.value.retry_after_s > 0
         assert store.materialise(manifest).is_dir()
@@ -282,7 +284,7 @@ def test_s3_server_that_is_away_or_silent_is_told_in_bounded_time(
         with pytest.raises(StoreUnavailableError):
             CachedStore(tmp_path / "c", FsspecBlobs(url)).secure(other)
         assert store.materialise(manifest).is_dir(), "what is here needs nobody"
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert "test-secret-key" not in caplog.text
 
 

@@ -104,6 +104,7 @@ def test_dedicated_devices_are_set_for_those_engines_only(monkeypatch: pytest.Mo
 
 def test_admin_key_stays_with_the_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORADOCK_ADMIN_KEY", "secret")
+    monkeypatch.setenv("LORADOCK_REGISTRY_URL", "postgresql://u:secret@h/d")
     monkeypatch.setenv("HF_HOME", "/hf")
     environment = base().environment
     assert "secret" not in environment.values()
