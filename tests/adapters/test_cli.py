@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -58,13 +58,14 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert [name for name in HEAVY if name in loaded] == []
 
 
-def test_help_answers_in_half_a_second() -> None:
+def test_help_takes_less_than_half_a_second_of_a_processor() -> None:
     command = [sys.executable, "-m", "loradock_adapters.cli", "--help"]
     times_s = []
     for _ in range(5):
-        started_s = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        times_s.append(time.perf_counter() - started_s)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times_s) < 0.5
     for command_name in ("push", "ls", "show", "rm", "rollback", "pin", "unpin", "inspect", "train", "serve", "plan"):
         assert f" {command_name} " in ran.stdout
