@@ -6,11 +6,11 @@ publish of a name at a time. Knows nothing of HTTP requests.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loradock_adapters.base import BaseModel
 from loradock_adapters.base_identity import BaseIdentity
@@ -36,6 +36,8 @@ from loradock_serve.repairs import Mended, mend
 from loradock_serve.turns import Turns
 
 log = logging.getLogger("loradock.publish")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ class Publisher:
             details = replace(Details.of(checkpoint), repairs=mended.repairs, proof=proof.to_json())
             details = replace(details, publisher=options.publisher, source=options.source)
             await asyncio.to_thread(self._store.secure, manifest)  # before anybody, here or elsewhere, can name it
-            version = await asyncio.to_thread(self._registry.publish, name, manifest, verdict, details, self._identity)
+            register = partial(self._registry.publish, name, manifest, verdict, details, self._identity)
+            version = await _to_its_end(asyncio.to_thread(register))
             return version, proof
         finally:
             if version is None:
@@ -236,3 +239,13 @@ class Publisher:
         if proof.state == "failed" and proof.reason is not None:
             raise RefusedError([proof.reason, *verdict.reasons])
         return proof
+
+
+async def _to_its_end(work: Coroutine[Any, Any, Result]) -> Result:
+    """What a thread does goes on when its waiter is cancelled: only its end tells whether the version is there."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise

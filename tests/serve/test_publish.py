@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from loradock_adapters.manifest import manifest_of
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
 from loradock_serve.engine import AttachedEngine, Engine
+from loradock_serve.publish import Publisher
 from loradock_serve.turns import Turns
 from loradock_testing.engines import SUPPORT, group_members
 from loradock_testing.gateway import Served, serving
@@ -102,6 +104,38 @@ async def test_full_disk_in_the_registry_is_a_507_and_keeps_nothing(
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_full")
     assert await visible(served) == []
     assert not served.version_dir(manifest_of(directory).digest).exists()
+
+
+async def test_publish_that_is_cancelled_while_it_is_registered_keeps_its_files(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_begun, may_go_on = threading.Event(), threading.Event()
+    publishing: list[asyncio.Task[Any] | None] = []
+    register, publish = Registry.publish, Publisher.publish
+
+    def slowly(self: Registry, *parts: Any) -> Any:
+        has_begun.set()
+        may_go_on.wait(10)
+        return register(self, *parts)
+
+    async def watched(self: Publisher, *parts: Any) -> Any:
+        publishing.append(asyncio.current_task())
+        return await publish(self, *parts)
+
+    monkeypatch.setattr(Registry, "publish", slowly)
+    monkeypatch.setattr(Publisher, "publish", watched)
+    directory = write_adapter(tmp_path / "a")
+    pushing = asyncio.create_task(served.push(directory, "cut"))
+    await asyncio.to_thread(has_begun.wait, 10)
+    (task,) = publishing
+    assert task is not None
+    task.cancel()  # as a server that stops does
+    await asyncio.wait([task], timeout=0.3)
+    may_go_on.set()
+    await asyncio.wait([task])
+    pushing.cancel()
+    await until(lambda: "cut" in {version.name for version in served.gateway.registry.models()}, "the version")
+    assert served.version_dir(manifest_of(directory).digest).is_dir()
 
 
 async def test_refusal_does_not_take_away_what_another_name_uses(
