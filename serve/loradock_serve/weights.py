@@ -70,23 +70,22 @@ class StoredWeights:
 
     async def _merge(self, version: Version, target: Path) -> Path:
         self._root.mkdir(parents=True, exist_ok=True)
-        _drop_left_overs(target)
+        await asyncio.to_thread(_drop_left_overs, target)
         partial = target.with_name(f"{target.name}.{os.getpid()}{PARTIAL}")
         adapter = await self._directories.get(version)
         log.info("merging %s into the base, for an engine of its own", version.name)
-        status, output = await _run((*MERGE, self._base(), str(adapter), str(partial)))
-        if status != 0:
+        try:
+            status, output = await _run((*MERGE, self._base(), str(adapter), str(partial)))
             tail = output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace")
-            summary = f"{version.name!r} cannot be merged into the base: status {explain_status(status)}"
-            raise EngineStartError(f"{summary}:\n{tail}", summary=summary)
-        log.info(
-            "%s: %s", version.name, output[-MERGE_LOG_TAIL_BYTES:].decode(errors="replace").strip().replace("\n", "; ")
-        )
-        if target.is_dir():  # another gateway on this data_dir was quicker
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.replace(target)
-        return target
+            if status != 0:
+                summary = f"{version.name!r} cannot be merged into the base: status {explain_status(status)}"
+                raise EngineStartError(f"{summary}:\n{tail}", summary=summary)
+            log.info("%s: %s", version.name, tail.strip().replace("\n", "; "))
+            if not target.is_dir():  # else another gateway on this data_dir was quicker
+                partial.replace(target)
+            return target
+        finally:  # what came of one that failed may be what fills the disk
+            await asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True)
 
 
 def _drop_left_overs(target: Path) -> None:

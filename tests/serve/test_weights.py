@@ -55,7 +55,7 @@ async def test_merge_that_fails_says_why_is_not_kept_and_is_tried_again(
     stand_in(monkeypatch, tmp_path, 'mkdir "$3"; echo out of memory; exit 1')
     with pytest.raises(EngineStartError, match=r"'lora' cannot be merged into the base: status 1:\nout of memory"):
         await weights.full_weights_dir(DORA)
-    assert [path.suffix for path in (tmp_path / "merged").iterdir()] == [".partial"]
+    assert list((tmp_path / "merged").iterdir()) == [], "half a merge is gigabytes on a disk that is perhaps full"
     stand_in(monkeypatch, tmp_path, 'mkdir "$3"')
     assert (await weights.full_weights_dir(DORA)).is_dir()
 
