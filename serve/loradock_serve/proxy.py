@@ -93,6 +93,9 @@ class OpenAIProxy:
             await reply.fail(known or GatewayError(UNFORESEEN))
             if known is None:
                 raise  # the server logs its traceback
+            # Others may be told of the same error (lazy_models.py remembers it): nothing of this request, whose frames
+            # have its body, is to live as long.
+            error.__traceback__ = None
         finally:
             metrics.IN_FLIGHT.dec()
             seconds = time.monotonic() - began
