@@ -17,7 +17,7 @@ from typing import Any
 from sqlalchemy.exc import SQLAlchemyError
 
 from loradock_adapters.errors import InvalidNameError, NotFoundError, RegistryUnavailableError
-from loradock_adapters.names import parse_ref
+from loradock_adapters.names import ModelRef, parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
 from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailedError, UnfitError
@@ -148,6 +148,14 @@ class Catalog:
             ) from error
         if self._registry.generation() == generation:
             self._remember(model, resolved)
+
+    async def has(self, name: str) -> bool:
+        """Whether there is such a name, by one look into the registry: `know` would search near names where not."""
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._registry.resolve, ModelRef(name))
+        except NotFoundError:
+            return False
+        return True
 
     def resolve(self, model: str) -> Resolved:
         """The version behind `model`; ModelNotFoundError with near names where there is none."""

@@ -14,9 +14,8 @@ import re
 import time
 from dataclasses import replace
 
-from loradock_adapters.errors import LoradockError, NotFoundError, RefusedError
-from loradock_adapters.names import ModelRef
-from loradock_adapters.registry import Registry, Version
+from loradock_adapters.errors import LoradockError, RefusedError
+from loradock_adapters.registry import Version
 from loradock_adapters.source_ref import SourceRef, parse_source
 from loradock_serve.catalog import Catalog, Resolved
 from loradock_serve.config import SourcesConfig
@@ -54,13 +53,11 @@ class LazyModels:
         config: SourcesConfig,
         jobs: SourceJobs,
         catalog: Catalog,
-        registry: Registry,
         clock: Clock = time.monotonic,
     ) -> None:
         self._config = config
         self._jobs = jobs
         self._catalog = catalog
-        self._registry = registry
         self._clock = clock
         self._bucket = Bucket(config.lazy_lookups_a_minute, clock)
         self._misses: Remembered[LoradockError] = Remembered(MAX_MISSES, clock)
@@ -77,22 +74,28 @@ class LazyModels:
         """
         ref = parse_source(model)
         check_allowed(ref, self._config.lazy, "sources.lazy")
-        if (miss := self._misses.get(str(ref))) is not None:
-            raise _still(*miss)
+        self._refuse_miss(ref)
         name = name_of(ref)
-        if (known := self._known(name, ref)) is not None:
+        if (known := await self._known(name, ref)) is not None:
             self._look_anew(name, ref)
             return replace(known, public_name=model)
+        self._refuse_miss(ref)  # somebody else may have met it meanwhile
         await self._bring(self._job(name, ref), ref)
         self._checked.put(name, None, self._config.lazy_recheck_s)
+        await self._catalog.know(name)
         return replace(self._catalog.resolve(name), public_name=model)
 
-    def _known(self, name: str, ref: SourceRef) -> Resolved | None:
+    def _refuse_miss(self, ref: SourceRef) -> None:
+        if (miss := self._misses.get(str(ref))) is not None:
+            raise _still(*miss)
+
+    async def _known(self, name: str, ref: SourceRef) -> Resolved | None:
         """The name's version where it is of this source and this base. Publishers may have put anything under the name,
         and what was fetched for another base is judged anew."""
-        if name not in self._registered and not self._is_registered(name):
+        if name not in self._registered and not await self._is_registered(name):
             return None
         try:
+            await self._catalog.know(name)
             resolved = self._catalog.resolve(name)
         except ModelNotFoundError:
             self._registered.discard(name)  # removed since
@@ -101,11 +104,8 @@ class LazyModels:
         good = version is not None and version.placement != "rejected" and _is_of(version, ref)
         return resolved if good else None
 
-    def _is_registered(self, name: str) -> bool:
-        """By one look into the registry: the catalog's own would search near names for each that is not there."""
-        try:
-            self._registry.resolve(ModelRef(name))
-        except NotFoundError:
+    async def _is_registered(self, name: str) -> bool:
+        if not await self._catalog.has(name):
             return False
         if len(self._registered) >= MAX_KNOWN:
             self._registered.clear()

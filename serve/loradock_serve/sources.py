@@ -49,7 +49,7 @@ def make_sources(
         max_running=sources.max_running,
         max_waiting=sources.max_waiting,
     )
-    return Sources(jobs, SourcePush(sources, jobs, publisher), LazyModels(sources, jobs, catalog, registry))
+    return Sources(jobs, SourcePush(sources, jobs, publisher), LazyModels(sources, jobs, catalog))
 
 
 def opener(config: SourcesConfig) -> Callable[[SourceRef, str | None], Source]:

@@ -230,10 +230,10 @@ async def test_name_that_moved_meanwhile_is_seen_once_the_database_is_back(
 async def test_database_that_says_nothing_holds_nobody_for_long(
     away: AwayRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_module, "LOOKUP_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.02)
     catalog = catalog_on(away)
     await catalog.know("a")
+    monkeypatch.setattr(catalog_module, "LOOKUP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.02)
     away.number = 1
     away.may_answer.clear()
     await catalog.know("a")

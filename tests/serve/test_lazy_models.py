@@ -1,20 +1,24 @@
 """`"model": "hf://org/repo"`: fetched at the first request, remembered, looked at anew; misses cost nothing."""
 
 import asyncio
+import gc
 import hashlib
 import itertools
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 
+from loradock_adapters.registry import Registry
 from loradock_adapters.source_ref import parse_source
 from loradock_serve.lazy_models import name_of
+from loradock_serve.proxy import OpenAIProxy
 from loradock_testing.gateway import Served, serving
 from loradock_testing.hub_server import Hub, hub_server
 from loradock_testing.tiny_checkpoints import write_adapter
@@ -146,6 +150,38 @@ async def test_thousand_different_unknown_names_ask_the_hub_as_often_as_the_buck
         assert 19 <= looked <= 40
         assert (statuses.count(404), statuses.count(429)) == (looked, 1000 - looked)
         assert (await served.complete("hf://org/bot", "hi")).status_code == 200  # what is known is not held up
+
+
+async def test_remembered_miss_keeps_nothing_of_the_requests_that_met_it(served: Served, hub: Hub, repo: str) -> None:
+    for _ in range(2):  # the first learns it, the second is told
+        assert (await served.complete(f"hf://{repo}", "hi")).status_code == 404
+    gc.collect()
+    code = OpenAIProxy._answer.__code__
+    # An error holds the frames that it came through, and with them a body of perhaps 64 MiB.
+    assert not [frame for frame in gc.get_objects() if isinstance(frame, FrameType) and frame.f_code is code]
+
+
+async def test_registry_is_never_waited_for_in_the_event_loop(
+    start: Start, hub: Hub, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit("org/bot", adapter)
+    async with start() as served:
+        loop = threading.get_ident()
+        asked_by: list[int] = []
+        for method in ("resolve", "route"):
+            asks = getattr(Registry, method)
+
+            def watched(self: Registry, what: Any, asks: Callable[..., Any] = asks) -> Any:
+                asked_by.append(threading.get_ident())
+                return asks(self, what)
+
+            monkeypatch.setattr(Registry, method, watched)
+        assert (await served.complete("hf://org/bot", "hi")).status_code == 200
+        assert (await served.complete("hf://org/none", "hi")).status_code == 404
+        assert (await served.push(adapter, "other")).status_code == 201  # from now on names are looked up anew
+        assert (await served.complete("hf://org/bot", "hi")).status_code == 200
+        assert len(asked_by) > 3
+        assert loop not in asked_by
 
 
 async def test_unknown_prefix_never_reaches_the_network(served: Served, hub: Hub) -> None:
