@@ -221,10 +221,17 @@ class Registry:
             return [version_of(row._mapping, row.current_number) for row in connection.execute(query)]
 
     def set_proof(self, digest: str, proof: Mapping[str, Any]) -> int:
-        """Remembers what an engine showed about the versions with these bytes; returns how many these are."""
-        query = sa.update(versions).where(versions.c.digest == digest).values(proof=dict(proof))
+        """Remembers what an engine showed about the versions with these bytes; returns how many these are.
+
+        What was published with force stays as its publisher wants it.
+        """
         with self._writer.begin() as connection:
-            return connection.execute(query).rowcount
+            known = sa.select(versions.c.name, versions.c.number, versions.c.proof).where(versions.c.digest == digest)
+            open_ones = [row for row in connection.execute(known) if not (row.proof or {}).get("forced")]
+            for row in open_ones:
+                where = (versions.c.name == row.name) & (versions.c.number == row.number)
+                connection.execute(sa.update(versions).where(where).values(proof=dict(proof)))
+            return len(open_ones)
 
     def claim(self, base: BaseIdentity) -> int:
         """Takes versions of which nobody said their base for this one's; returns how many."""

@@ -421,3 +421,11 @@ def test_proof_found_later_is_remembered_for_all_versions_with_these_bytes(regis
     assert registry.set_proof(manifest(1).digest, {"state": "failed"}) == 2
     states = [version.proof for name in "ab" for version in registry.versions(name)]
     assert states == [{"state": "failed"}, None, {"state": "failed"}]
+
+
+def test_proof_that_fails_later_takes_nothing_from_whoever_published_with_force(registry: Registry) -> None:
+    forced = {"state": "unproven", "forced": True}
+    registry.publish("forced", manifest(), DEDICATED, Details(proof=forced))
+    registry.publish("open", manifest(), DEDICATED, Details(proof={"state": "unproven"}))
+    assert registry.set_proof(manifest().digest, {"state": "failed"}) == 1
+    assert (registry.resolve("forced").proof, registry.resolve("open").proof) == (forced, {"state": "failed"})
