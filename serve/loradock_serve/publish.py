@@ -7,6 +7,7 @@ publish of a name at a time. Knows nothing of HTTP requests.
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,8 @@ from loradock_serve.turns import Turns
 
 log = logging.getLogger("loradock.publish")
 
+PUBLISHERS = 8
+"""Publishes whose files are looked at, or sent to the store, at the same moment; more wait."""
 Result = TypeVar("Result")
 
 
@@ -122,6 +125,8 @@ class Publisher:
         self._prover = prover
         self._weights_hash = weights_hash
         self._base_dir = base_dir
+        # Of its own: gigabytes are read here, and a store that does not answer is waited for.
+        self._threads = ThreadPoolExecutor(PUBLISHERS, "loradock-publish")
         self.turns = Turns()
         """One change of a name at a time: for whoever moves names besides publishing."""
 
@@ -158,11 +163,11 @@ class Publisher:
 
     async def _publish(self, name: str, manifest: Manifest, options: Options) -> Published:
         version: Version | None = None
-        directory = await asyncio.to_thread(self._store.materialise, manifest)
+        directory = await self._in_thread(self._store.materialise, manifest)
         try:
             judge_files = partial(self._judge, options.force)
             parts = (self._store, manifest, directory, self._base, self._base_dir, judge_files)
-            mended = await asyncio.to_thread(mend, *parts)
+            mended = await self._in_thread(mend, *parts)
             if mended.manifest.digest == manifest.digest:
                 version, proof = await self._publish_mended(name, mended, options)
             else:  # a repaired upload needs no repair, so nobody who holds its turn waits for another's
@@ -187,13 +192,13 @@ class Publisher:
         """What is left of a publish once nothing more is changed about its files."""
         manifest = mended.manifest
         version: Version | None = None
-        directory = await asyncio.to_thread(self._store.materialise, manifest)
+        directory = await self._in_thread(self._store.materialise, manifest)
         try:
-            checkpoint, verdict = await asyncio.to_thread(self._judge, options.force, directory, mended.findings)
+            checkpoint, verdict = await self._in_thread(self._judge, options.force, directory, mended.findings)
             proof = await self._prove(manifest.digest, checkpoint, verdict, options)
             details = replace(Details.of(checkpoint), repairs=mended.repairs, proof=proof.to_json())
             details = replace(details, publisher=options.publisher, source=options.source)
-            await asyncio.to_thread(self._store.secure, manifest)  # before anybody, here or elsewhere, can name it
+            await self._in_thread(self._store.secure, manifest)  # before anybody, here or elsewhere, can name it
             register = partial(self._registry.publish, name, manifest, verdict, details, self._identity)
             version = await _to_its_end(asyncio.to_thread(register))
             return version, proof
@@ -203,8 +208,14 @@ class Publisher:
 
     async def _forget_unless_used(self, digest: str) -> None:
         if digest not in await asyncio.to_thread(self._registry.digests):
+            # Requests of a name that was removed may still run on it: then a collection frees it later.
+            in_use = self._fleet.use_of(digest) is not None
             await self._fleet.forget(digest)
-            await asyncio.to_thread(self._store.discard_version, digest)
+            if not in_use:
+                await asyncio.to_thread(self._store.discard_version, digest)
+
+    async def _in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def _judge(self, force: bool, directory: Path, found: Findings) -> tuple[Checkpoint, Verdict]:
         checkpoint = read_checkpoint(directory)

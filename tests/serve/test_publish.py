@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,45 @@ async def test_publish_that_is_cancelled_while_it_is_registered_keeps_its_files(
     pushing.cancel()
     await until(lambda: "cut" in {version.name for version in served.gateway.registry.models()}, "the version")
     assert served.version_dir(manifest_of(directory).digest).is_dir()
+
+
+async def test_refusal_leaves_the_files_that_requests_of_a_removed_name_still_run_on(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write_adapter(tmp_path / "a")
+    digest = (await served.push(directory, "first")).json()["digest"]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Registry, "publish", full)
+    with served.gateway.fleet.answering(served.gateway.registry.resolve("first")):
+        await served.client.delete("/v1/adapters/first")
+        assert (await served.push(directory, "second")).status_code == 507
+        assert served.version_dir(digest).is_dir(), "an engine that has to read it anew would die"
+    assert (await served.push(directory, "second")).status_code == 507
+    assert not served.version_dir(digest).exists()
+
+
+async def test_push_into_a_store_that_does_not_answer_holds_up_nothing_else(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    is_asked, may_go_on = threading.Event(), threading.Event()
+
+    def silent(*_: Any) -> None:
+        is_asked.set()
+        may_go_on.wait(10)
+
+    monkeypatch.setattr(LocalStore, "secure", silent)
+    pushing = asyncio.create_task(served.push(write_adapter(tmp_path / "a"), "slow"))
+    try:
+        await until(is_asked.is_set, "the push at the store")
+        async with asyncio.timeout(5):
+            assert await visible(served) == []
+    finally:
+        may_go_on.set()
+    assert (await pushing).status_code == 201
 
 
 async def test_refusal_does_not_take_away_what_another_name_uses(
