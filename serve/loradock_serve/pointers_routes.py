@@ -15,6 +15,9 @@ from loradock_serve.json_body import json_object
 from loradock_serve.pointers import Moved, Pointers
 from loradock_serve.states import States
 
+MAX_NUMBER = 10**9
+"""No version has it, or one beyond; databases have limits of their own."""
+
 
 def pointers_router(catalog: Catalog, pointers: Pointers, states: States) -> APIRouter:
     """The routes, bound to their parts."""
@@ -35,7 +38,7 @@ def pointers_router(catalog: Catalog, pointers: Pointers, states: States) -> API
     @router.post("/{name}/rollback")
     async def roll_back(name: str, request: Request) -> Response:
         number = (await json_object(request, may_be_missing=True)).get("version")
-        if number is not None and not _is_number(number):
+        if number is not None and not (_is_number(number) and abs(number) < MAX_NUMBER):
             raise BadRequestError('Say which version: {"version": 2}, or nothing for the one before', param="version")
         return JSONResponse(moved_json(await pointers.roll_back(name, number)))
 

@@ -78,6 +78,12 @@ async def test_rollback_without_a_version_goes_one_back_until_there_is_none(
     assert "back@1 is the oldest version of back that is left" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 10**30])
+async def test_rollback_to_a_number_that_no_database_holds_is_a_wrong_request(shared: Served, number: int) -> None:
+    answer = await shared.client.post("/v1/adapters/any/rollback", json={"version": number})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "version")
+
+
 async def test_tag_answers_until_it_is_moved_or_taken_off(
     shared: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
