@@ -6,11 +6,13 @@ what is removed when this disk's share is used up.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from loradock_adapters.blob_store import BlobStore
@@ -32,7 +34,8 @@ class CachedStore(LocalStore):
         super().__init__(root)
         self.remote = remote
         self._turn = threading.Lock()
-        self._under_way: dict[str, Future[None]] = {}
+        self._under_way: dict[FileEntry, Future[None]] = {}
+        """Also by size: who asks for another one, which is wrong, must not fail the others."""
         self._threads = ThreadPoolExecutor(DOWNLOADS, "loradock-download")
         self._there: set[str] = set()
         """What is known to be in the other store."""
@@ -61,10 +64,11 @@ class CachedStore(LocalStore):
 
     def fetch(self, entry: FileEntry) -> Future[None]:
         """Have a content fetched; everybody who asks meanwhile gets the same future."""
+        content = replace(entry, path="")
         with self._turn:
-            future = self._under_way.get(entry.sha256)
+            future = self._under_way.get(content)
             if future is None:
-                future = self._under_way[entry.sha256] = self._threads.submit(self._fetch, entry)
+                future = self._under_way[content] = self._threads.submit(self._fetch, entry)
             return future
 
     def secure(self, manifest: Manifest) -> None:
@@ -122,7 +126,7 @@ class CachedStore(LocalStore):
                 self._download(entry)
         finally:
             with self._turn:
-                del self._under_way[entry.sha256]
+                del self._under_way[replace(entry, path="")]
 
     def _download(self, entry: FileEntry) -> None:
         for attempt in range(1, TRIES + 1):
@@ -131,14 +135,26 @@ class CachedStore(LocalStore):
                     for chunk in self.remote.read(entry.sha256, entry.size_bytes):
                         writer.write(chunk)
             except DigestMismatchError as error:
-                log.error("%s in the store of uploads is damaged (download %d): %s", entry.sha256, attempt, error)
+                log.error("%s in the store of uploads is not as published (try %d): %s", entry.sha256, attempt, error)
             else:
                 self._there.add(entry.sha256)
                 return
+        there_bytes = self.remote.size_bytes(entry.sha256)
+        if there_bytes is not None and there_bytes != entry.size_bytes and self._is_sound(entry.sha256, there_bytes):
+            raise DigestMismatchError(
+                f"{entry.path}: the manifest says {entry.size_bytes} bytes, the content has {there_bytes}"
+            )
         raise CorruptBlobError(
             f"The bytes of {entry.path} (blobs/{entry.sha256[:2]}/{entry.sha256}) in the store of uploads are not the "
             f"ones that were published, twice in a row: nothing of them is served. Remove that object and push again"
         )
+
+    def _is_sound(self, sha256: str, size_bytes: int) -> bool:
+        """Whether what lies in the other store is what its name says."""
+        digest = hashlib.sha256()
+        for chunk in self.remote.read(sha256, size_bytes):
+            digest.update(chunk)
+        return digest.hexdigest() == sha256
 
     def _contents(self) -> Iterator[tuple[str, os.stat_result]]:
         for path in self._blobs.glob("??/*"):

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +16,13 @@ import pytest
 from loradock_adapters import blob_store
 from loradock_adapters.blob_store import FsspecBlobs
 from loradock_adapters.cached_store import CachedStore
-from loradock_adapters.errors import CorruptBlobError, MissingBlobsError, StoreUnavailableError, UsageError
+from loradock_adapters.errors import (
+    CorruptBlobError,
+    DigestMismatchError,
+    MissingBlobsError,
+    StoreUnavailableError,
+    UsageError,
+)
 from loradock_adapters.manifest import FileEntry, Manifest
 from loradock_testing.s3_server import S3Server, environment, s3_server
 
@@ -166,6 +173,19 @@ def test_damaged_content_is_tried_twice_and_never_kept(tmp_path: Path, remote: F
     assert not store.has_blob(damaged)
     assert not store.has_version(manifest.digest)
     remote.contents = good
+    assert store.materialise(manifest).is_dir()
+
+
+@pytest.mark.parametrize("difference", [-1, 1])
+def test_manifest_with_another_size_is_what_is_wrong_and_not_the_store(
+    tmp_path: Path, remote: FakeBlobs, difference: int
+) -> None:
+    manifest = put(CachedStore(tmp_path / "a", remote), files(1))
+    store = CachedStore(tmp_path / "b", remote)
+    first, *others = manifest.files
+    wrong = Manifest((replace(first, size_bytes=first.size_bytes + difference), *others))
+    with pytest.raises(DigestMismatchError, match=f"says {first.size_bytes + difference} bytes.* {first.size_bytes}"):
+        store.materialise(wrong)
     assert store.materialise(manifest).is_dir()
 
 
