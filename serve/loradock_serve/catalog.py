@@ -8,6 +8,7 @@ engines but the states it is told.
 import asyncio
 import difflib
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,7 @@ class Catalog:
         """Under way: a model, and the generation before the lookup began. Who comes after a change joins none of these:
         it may have read what was there before."""
         self._threads = ThreadPoolExecutor(LOOKUPS, "loradock-names")
+        self._searching = threading.Lock()
         self._generation = -1
         self._created = int(time.time())
         self.on_change: Callable[[], None] = lambda: None
@@ -225,13 +227,18 @@ class Catalog:
         if len(model) > MAX_REF_CHARS:
             return []
         near = self._misses.get(model)
-        if near is None:  # among thousands of names this takes a tenth of a second, and clients repeat their mistakes
-            names = [*self.base_names, *(version.name for version in self._registry.models())]
-            near = difflib.get_close_matches(model, names, n=NEAR_NAMES, cutoff=0.5)
+        # Among thousands of names a search takes a tenth of a second, and clients repeat their mistakes. One at a time:
+        # who comes meanwhile is told of none, so that a flood of unknown names takes no thread from the known ones.
+        if near is None and self._searching.acquire(blocking=False):
+            try:
+                names = [*self.base_names, *(version.name for version in self._registry.models())]
+                near = difflib.get_close_matches(model, names, n=NEAR_NAMES, cutoff=0.5)
+            finally:
+                self._searching.release()
             if len(self._misses) >= MAX_CACHED:
                 self._misses.clear()
             self._misses[model] = near
-        return near
+        return near or []
 
     def _behaviour(self, version: Version) -> Behaviour:
         if version.placement == "dedicated":

@@ -105,6 +105,31 @@ async def test_lookup_from_before_a_change_is_not_remembered_by_who_joins_it_aft
     registry.close()
 
 
+async def test_flood_of_unknown_names_holds_up_no_known_one(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(registry, "a")
+    catalog = Catalog(registry, "m", Behaviour())
+    searching, may_end = threading.Event(), threading.Event()
+
+    def slowly(self: Registry) -> list[Version]:
+        searching.set()
+        may_end.wait(10)
+        return []
+
+    monkeypatch.setattr(Registry, "models", slowly)
+    flood = [asyncio.create_task(catalog.know(f"unknown-{number}")) for number in range(20)]
+    try:
+        await asyncio.to_thread(searching.wait, 10)
+        async with asyncio.timeout(5):
+            await catalog.know("a")
+    finally:
+        may_end.set()
+    errors = await asyncio.gather(*flood, return_exceptions=True)
+    assert all(isinstance(error, ModelNotFoundError) for error in errors)
+    registry.close()
+
+
 def test_name_that_does_not_change_is_looked_up_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(registry, "a")
     catalog = Catalog(registry, "m", Behaviour())
