@@ -54,7 +54,8 @@ def _meant(named: set[str], config: Mapping[str, Any], base: BaseModel) -> dict[
     if isinstance(config.get("exclude_modules"), str):
         return {}  # a pattern
     layers = config.get("layers_to_transform")
-    wanted = {layers} if isinstance(layers, int) else set(layers) if isinstance(layers, list) and layers else None
+    numbers = layers if isinstance(layers, list) else [layers]
+    wanted = {number for number in numbers if isinstance(number, int)} or None
     meant: dict[str, list[str]] = defaultdict(list)
     for module in base.modules:
         names = set(suffixes(module))

@@ -47,6 +47,7 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "dropout_two": ({"lora_dropout": 2}, "config_type"),
     "layers_text": ({"layers_to_transform": "1"}, "config_type"),
     "layers_negative": ({"layers_to_transform": [-1]}, "config_type"),
+    "layers_nested": ({"layers_to_transform": [1, [2], {}]}, "config_type"),
     "modules_to_save_numbers": ({"modules_to_save": [1]}, "config_type"),
     "base_path_list": ({"base_model_name_or_path": ["a"]}, "config_type"),
     "targets_empty": ({"target_modules": []}, "target_modules"),
