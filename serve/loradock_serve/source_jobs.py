@@ -132,7 +132,9 @@ class SourceJobs:
             )
         job = Job(order, self._timeout_s)
         key = _key(order)
-        job.task = asyncio.create_task(self._run(job, key))
+        job.task = asyncio.create_task(self._run(job))
+        # Not at its own end: whoever comes between that and what is noted of it would begin the same once more.
+        job.task.add_done_callback(lambda _task: self._running.pop(key, None))
         self._running[key] = self._by_id[job.id] = job
         if len(self._by_id) > MAX_REMEMBERED + self._max_jobs:
             oldest = next(job_id for job_id, known in self._by_id.items() if known.task.done())
@@ -150,7 +152,7 @@ class SourceJobs:
         await asyncio.gather(*(job.task for job in jobs), return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, job: Job, key: bytes) -> Published:
+    async def _run(self, job: Job) -> Published:
         began = time.monotonic()
         order = job.order
         try:
@@ -167,7 +169,6 @@ class SourceJobs:
             raise explained(error) or GatewayError(UNFORESEEN) from error
         finally:
             job.watch.end()
-            self._running.pop(key, None)
 
     async def _fetch_and_publish(self, job: Job) -> Published:
         order = job.order
