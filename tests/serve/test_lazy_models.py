@@ -29,7 +29,7 @@ Start = Callable[..., AbstractAsyncContextManager[Served]]
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 seeds = itertools.count(1)
-LAZY = {"lazy": ["hf://org"]}
+LAZY: dict[str, Any] = {"lazy": ["hf://org"], "miss_ttl_s": 600.0}  # however slow the machine is
 
 
 @pytest.fixture(scope="module")
