@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loradock_adapters.errors import LoradockError
-from loradock_adapters.lora_keys import LoraKey, RankPatterns, parse_key
+from loradock_adapters.lora_keys import LoraKey, Numbers, RankPatterns, parse_key
 from loradock_adapters.safetensors_header import DTYPE_BITS, TensorInfo, read_header
 
 VERSION = 1
@@ -74,11 +74,11 @@ class Recipe:
         """What vLLM multiplies each tensor with (vllm/lora/peft_helper.py get_rank_and_scaling)."""
         config = self.config
         ranks = RankPatterns(config["r"], config.get("rank_pattern") or {})
-        alphas = RankPatterns(config["lora_alpha"], config.get("alpha_pattern") or {})
+        alphas = Numbers(config["lora_alpha"], config.get("alpha_pattern") or {})
         for key in keys:
             rank = ranks.rank_of(key.module)
             by = math.sqrt(rank) if config.get("use_rslora") else rank
-            yield alphas.rank_of(key.module) / by if key.part in ("B", "embedding_B") else 1.0
+            yield alphas.of(key.module) / by if key.part in ("B", "embedding_B") else 1.0
 
     def write(self, directory: Path) -> None:
         """Write both files into an empty directory. They are on the disk for certain only after `sync`."""
