@@ -229,7 +229,11 @@ def test_adapters_never_import_torch_or_an_engine() -> None:
 def test_serve_loads_torch_and_vllm_only_inside_the_engine() -> None:
     outside = [path for path in sources("serve") if "inside" not in path.relative_to(ROOT).parts]
     assert outside
-    assert [path.name for path in outside if imported(path, at_import=True) & HEAVY] == []
+    # merge_stream.py is a merge's own process, which merge.py begins: nobody else has it, and nobody at import.
+    assert [path.name for path in outside if imported(path, at_import=True) & HEAVY] == ["merge_stream.py"]
+    importers = [path.name for path in sources("serve") if "merge_stream import" in path.read_text(encoding="utf-8")]
+    assert importers == ["merge.py"]
+    assert not imported(ROOT / "serve" / "loradock_serve" / "merge.py", at_import=True) & HEAVY
 
 
 def test_imports_within_functions_and_type_checking_blocks_are_told_apart(tmp_path: Path) -> None:

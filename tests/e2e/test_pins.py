@@ -53,13 +53,14 @@ def test_pinned_adapter_keeps_its_slot_under_traffic_and_leaves_it_when_unpinned
     assert refused.returncode == 1
     assert "1 of this server's 2 slots are pinned (pinned), and 1 may be" in refused.stderr
 
-    written = residency(server, "pinned")["activations"]
+    time.sleep(1.1)  # what is known of the engine is up to a second old
+    before = residency(server, "pinned")  # the proofs of the others have used its slot before it was pinned
     for _ in range(3):
         assert set(asyncio.run(ask_all(server, (*OTHERS, "pinned"), 4))) == {200}
         time.sleep(1.1)  # what is known of the engine is up to a second old
         seen = residency(server, "pinned")
-        assert (seen["place"], seen["slot_evictions"]) == ("slot", 0)
-    assert seen["activations"] == written, "it was never written again"
+        assert (seen["place"], seen["slot_evictions"]) == ("slot", before["slot_evictions"])
+    assert seen["activations"] == before["activations"], "it was never written again"
     assert server.tokens("pinned", "def", 8) == answer
     assert "pinned" in server.loradock("show", "pinned").stdout
 
