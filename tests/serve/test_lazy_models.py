@@ -158,7 +158,7 @@ async def test_remembered_miss_keeps_nothing_of_the_requests_that_met_it(served:
     gc.collect()
     code = OpenAIProxy._answer.__code__
     # An error holds the frames that it came through, and with them a body of perhaps 64 MiB.
-    assert not [frame for frame in gc.get_objects() if isinstance(frame, FrameType) and frame.f_code is code]
+    assert not [frame for frame in gc.get_objects() if type(frame) is FrameType and frame.f_code is code]
 
 
 async def test_registry_is_never_waited_for_in_the_event_loop(
