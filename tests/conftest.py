@@ -5,14 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
-from loradock_testing.postgres import PostgresServer, find_binaries, must_be_there, postgres_server
+from loradock_testing.needs import POSTGRESQL, missing
+from loradock_testing.postgres import PostgresServer, find_binaries, postgres_server
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
     """A PostgreSQL server that stays up for the whole run."""
-    if find_binaries() is None and not must_be_there():
-        pytest.skip("PostgreSQL is not installed (Debian, Ubuntu: apt install postgresql)")
+    if find_binaries() is None:
+        missing(POSTGRESQL, "PostgreSQL is not installed (Debian, Ubuntu: apt install postgresql)")
     with postgres_server() as server:
         yield server
 

@@ -149,22 +149,32 @@ def _join(
         turnstiles,
         uploads,
         UploadSweeps(uploads, registry, config.uploads.keep_s),
-        Collector(
-            store,
-            registry,
-            uploads,
-            fleet,
-            lambda: _joined(weights.merged(), packs.packed()),
-            publisher.turns,
-            config.uploads.keep_s,
-            use.alone,
-        ),
+        _collector(config, store, registry, uploads, publisher, fleet, (weights, packs), use),
         use,
         _cache_keeper(config, store, directories, fleet, residency, pins, use),
     )
     sources = make_sources(config, store, registry, catalog, publisher, fleet)
     app = _application(config, store, registry, catalog, fleet, publisher, care, sources, socket_dir, lock)
     return Gateway(Doorkeeper(app, admin_key), fleet, catalog, registry, advice, care.pins)
+
+
+def _collector(
+    config: ServeConfig,
+    store: LocalStore,
+    registry: Registry,
+    uploads: Uploads,
+    publisher: Publisher,
+    fleet: Fleet,
+    made: tuple[StoredWeights, PackedAdapters],
+    use: DirectoryUse,
+) -> Collector:
+    """Who frees what no name has any more; `made` has the copies that can be made again."""
+    weights, packs = made
+
+    def copies() -> dict[str, list[Path]]:
+        return _joined(weights.merged(), packs.packed())
+
+    return Collector(store, registry, uploads, fleet, copies, publisher.turns, config.uploads.keep_s, use.alone)
 
 
 def _joined(*parts: Mapping[str, list[Path]]) -> dict[str, list[Path]]:
@@ -346,16 +356,7 @@ def _application(
                 lock.release()
 
     app = FastAPI(title="Loradock", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    proxy = OpenAIProxy(
-        catalog,
-        fleet,
-        care.turnstiles,
-        sources.lazy,
-        WaitingRoom(config.admission.max_queue, int(config.admission.max_queue_gib * 1024**3)),
-        max_body_bytes=config.max_body_bytes,
-        timeout_s=config.request_timeout_s,
-        max_n=config.admission.max_n,
-    )
+    proxy = _proxy(config, catalog, fleet, care.turnstiles, sources)
     for path in OPENAI_PATHS:  # the router sees what is no POST, and refuses it
         app.router.routes.append(Route(path, endpoint=proxy, methods=["POST"]))
     states = States(fleet, care.residency, care.pins)
@@ -371,6 +372,21 @@ def _application(
 
     add_handlers(app)
     return _OpenAIFirst(proxy, behind_proxies(app))
+
+
+def _proxy(
+    config: ServeConfig, catalog: Catalog, fleet: Fleet, turnstiles: Turnstiles, sources: Sources
+) -> OpenAIProxy:
+    return OpenAIProxy(
+        catalog,
+        fleet,
+        turnstiles,
+        sources.lazy,
+        WaitingRoom(config.admission.max_queue, int(config.admission.max_queue_gib * 1024**3)),
+        max_body_bytes=config.max_body_bytes,
+        timeout_s=config.request_timeout_s,
+        max_n=config.admission.max_n,
+    )
 
 
 class _OpenAIFirst:

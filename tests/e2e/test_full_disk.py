@@ -1,6 +1,6 @@
 """A real gateway on a small file system that fills up: 507, nothing is lost, and it goes on when there is room.
 
-The file system is a tmpfs in a user namespace: where that cannot be had these tests fail.
+The file system is a tmpfs in a user namespace (`loradock_testing/needs.py` says what happens where that cannot be had).
 """
 
 import hashlib

@@ -145,41 +145,23 @@ def train(
     if config.lora_config is not None:
         notices.extend(_placement_notices(config.lora_config))
 
-    if "position_ids" in data.train.column_names and not can_pack(inner_model(model), len(tokenizer)):
-        raise ModelError(
-            f"packing: {type(inner_model(model)).__name__} with this attention lets packed documents see each other; "
-            "set packing: false, or attn_implementation: sdpa"
-        )
+    _check_packing(model, data, tokenizer)
     if save is not None:
         check_same_base(save, base_logits)
     prepare_output(directory, save)
     _write_text(directory / "config.yaml", yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
-    for notice in notices:
-        console.print(f"note: {notice}", markup=False, highlight=False)
-    _announce(console, config, model, data, precision)
+    _announce(console, config, model, data, precision, notices)
     if resume:
-        console.print(
-            f"resuming at step {save.position.step}" if save is not None else "nothing was saved: beginning at step 0",
-            markup=False,
-            highlight=False,
-        )
+        where = f"resuming at step {save.position.step}" if save else "nothing was saved: beginning at step 0"
+        console.print(where, markup=False, highlight=False)
     write = partial(write_save, directory, identity=identity, model=model, base_logits=base_logits, keep=config.keep)
     outcome = _fit(config, model, tokenizer, data, precision, directory, console, save, write)
 
     trained_logits = probe_logits(model, data.probes)
     summary = summarise(config, model, data.reports, precision, outcome, notices)
     proof = _export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
-    summary["proof"] = {
-        "reloaded": proof.reloaded_difference,
-        "base": proof.base_difference,
-        "prompts": len(proof.prompts),
-    }
-    summary["checkpoint_bytes"] = sum(file.stat().st_size for file in (directory / "checkpoint").iterdir())
-    summary["total_seconds"] = round(time.monotonic() - started_s, 2)
     plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
-    _write_text(directory / "run.json", json.dumps(summary, indent=2) + "\n")
-    shutil.rmtree(directory / FOLDER, ignore_errors=True)
-    return Run(directory, config.kind, summary)
+    return _finish(directory, config.kind, summary, proof, started_s)
 
 
 # ---- before --------------------------------------------------------------------------------------------------------
@@ -245,7 +227,25 @@ def _placement_notices(options: LoraOptions) -> list[str]:
     )
 
 
-def _announce(console: Console, config: TrainConfig, model: nn.Module, data: _Data, precision: Precision) -> None:
+def _check_packing(model: nn.Module, data: _Data, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ModelError where documents of one row would see each other."""
+    if "position_ids" in data.train.column_names and not can_pack(inner_model(model), len(tokenizer)):
+        raise ModelError(
+            f"packing: {type(inner_model(model)).__name__} with this attention lets packed documents see each other; "
+            "set packing: false, or attn_implementation: sdpa"
+        )
+
+
+def _announce(
+    console: Console,
+    config: TrainConfig,
+    model: nn.Module,
+    data: _Data,
+    precision: Precision,
+    notices: Sequence[str],
+) -> None:
+    for notice in notices:
+        console.print(f"note: {notice}", markup=False, highlight=False)
     count, report = count_parameters(model), data.reports["train"]
     is_packed = "position_ids" in data.train.column_names
     packed = f" packed into {report.num_examples:,}" if is_packed else ""
@@ -360,6 +360,17 @@ def _export(
 
     write_atomically(directory / "checkpoint", fill)
     return proofs[0]
+
+
+def _finish(directory: Path, kind: str, summary: dict[str, Any], proof: Proof, started_s: float) -> Run:
+    """Say in run.json what became of it; only then are its saves of no use."""
+    differences = {"reloaded": proof.reloaded_difference, "base": proof.base_difference}
+    summary["proof"] = differences | {"prompts": len(proof.prompts)}
+    summary["checkpoint_bytes"] = sum(file.stat().st_size for file in (directory / "checkpoint").iterdir())
+    summary["total_seconds"] = round(time.monotonic() - started_s, 2)
+    _write_text(directory / "run.json", json.dumps(summary, indent=2) + "\n")
+    shutil.rmtree(directory / FOLDER, ignore_errors=True)
+    return Run(directory, kind, summary)
 
 
 def _write_text(path: Path, text: str) -> None:

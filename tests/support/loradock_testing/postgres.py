@@ -24,8 +24,6 @@ USER, PASSWORD = "loradock", "pass-word-of-tests"
 START_TIMEOUT_S = 60.0
 SERVER_USER = "postgres" if os.geteuid() == 0 else None
 """The server refuses to run as root."""
-NEED = "LORADOCK_TESTS_NEED"
-"""Names what must not be missing where these tests run (`postgresql`); CI sets it."""
 
 
 def find_binaries() -> Path | None:
@@ -35,11 +33,6 @@ def find_binaries() -> Path | None:
         return newest[-1].parent
     found = shutil.which("initdb")
     return Path(found).resolve().parent if found else None
-
-
-def must_be_there() -> bool:
-    """Whether tests fail, rather than being skipped, where PostgreSQL is missing."""
-    return "postgresql" in os.environ.get(NEED, "").split(",")
 
 
 class PostgresServer:

@@ -19,6 +19,7 @@ from pathlib import Path
 from loradock_adapters.manifest import Manifest
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
+from loradock_testing.needs import NAMESPACES, missing
 
 SUPPORT = Path(__file__).parent.parent
 START_TIMEOUT_S = 60.0
@@ -81,7 +82,8 @@ def small_disk(path: Path, size_bytes: int) -> Iterator[SmallDisk]:
             assert holder.stdout is not None
             assert holder.stderr is not None
             told = holder.stdout.readline()
-            assert told == "mounted\n", f"no small file system to be had: {holder.stderr.read()}"
+            if told != "mounted\n":
+                missing(NAMESPACES, f"no user namespace may mount a file system here: {holder.stderr.read().strip()}")
             prefix = ("nsenter", "--preserve-credentials", "--user", "--mount", f"--target={holder.pid}")
             yield SmallDisk(prefix, path, Path(f"/proc/{holder.pid}/root{path}"))
         finally:
