@@ -65,9 +65,12 @@ compile requirements/client.txt "The light client on any system: push, ls, show,
 compile requirements/build.txt "What builds the project: with these pinned too, installing it asks no index." \
     "${linux[@]}" --constraints "$work/cpu-pins.txt" "$work/build-tools.txt"
 
+# torch is the engine's lock's; only there is it known which build.
+grep -v '^torch==' "$work/cpu-pins.txt" > "$work/all-but-torch.txt"
+{ cat "$work/left-out-cpu.txt"; echo 'torch ; python_version < "3"'; } > "$work/left-out-tools.txt"
 compile requirements/tools.txt "Tests and lints." \
-    "${linux[@]}" --constraints "$work/cpu-pins.txt" --constraints requirements/build.txt \
-    --overrides "$work/left-out-cpu.txt" pyproject.toml --extra dev
+    "${linux[@]}" --constraints "$work/all-but-torch.txt" --constraints requirements/build.txt \
+    --overrides "$work/left-out-tools.txt" pyproject.toml --extra dev
 
 # What the official image of the pinned vLLM lacks: the GPU lock without all that vLLM itself asks for.
 grep == requirements/gpu.txt > "$work/gpu-pins.txt"

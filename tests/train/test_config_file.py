@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from loradock_adapters.errors import UsageError
-from loradock_train.config import LoraOptions, Section, TokenizerOptions, TrainConfig
+from loradock_train.config import TrainConfig
 from loradock_train.config_file import load_config
+from loradock_train.config_sections import LoraOptions, Section, TokenizerOptions
 from loradock_train.errors import ConfigError
 
 MINIMAL = "model_id: org/model\ntrain_path: rows.jsonl\n"

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loradock_train.config import LoraOptions, TrainConfig
+from loradock_train.config import TrainConfig
+from loradock_train.config_sections import LoraOptions
 from loradock_train.errors import ModelError
 from loradock_train.model import (
     add_adapter,

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ValidationError
 
 from loradock_adapters.errors import UsageError
 from loradock_adapters.strict_config import parse_value, read_yaml
-from loradock_train.config import LoraOptions, TokenizerOptions, TrainConfig
+from loradock_train.config import TrainConfig
+from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.errors import ConfigError, Problem
 
 Keys = tuple[str, ...]

@@ -1,0 +1,122 @@
+"""Before a run trains: its rows as tokens, its model with its adapter, and what is refused or told first.
+
+Writes nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from loradock_train.config import TrainConfig
+from loradock_train.config_sections import LoraOptions
+from loradock_train.dataset import DataReport, build_dataset
+from loradock_train.encode import Encoder
+from loradock_train.errors import ModelError
+from loradock_train.model import (
+    Precision,
+    add_adapter,
+    count_parameters,
+    decide_precision,
+    inner_model,
+    load_model,
+    make_model,
+)
+from loradock_train.packing import can_pack
+from loradock_train.proof import MAX_PROMPT_TOKENS, probe_logits
+from loradock_train.rows import Rows, read_rows
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Both splits, ready for the trainer."""
+
+    splits: dict[str, Rows]
+    train: datasets.Dataset
+    valid: datasets.Dataset | None
+    reports: dict[str, DataReport]
+    probes: list[list[int]]
+
+
+def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> RunData:
+    packing = config.packing if config.packing is not None else rows.format == "text"
+    encoder = Encoder(tokenizer, config.append_eos, config.prompt_template)
+    options = (encoder, config.context_length, config.on_long_rows, packing)
+    train_set, report = build_dataset(rows, *options, "train_path")
+    reports = {"train": report}
+    valid_set, valid_rows = None, None
+    if config.valid_path is not None:
+        valid_rows = read_rows(config.valid_path, rows.format, "valid_path")
+        valid_set, reports["valid"] = build_dataset(valid_rows, *options, "valid_path")
+    probed = (valid_rows if valid_rows is not None else rows).rows[: config.num_probe_prompts]
+    probes = [encoder.prompt_ids(row, rows.format)[:MAX_PROMPT_TOKENS] for row in probed]
+    splits = {"train": rows} if valid_rows is None else {"train": rows, "valid": valid_rows}
+    return RunData(splits, train_set, valid_set, reports, probes)
+
+
+def prepare_model(
+    config: TrainConfig, architecture: Any, tokenizer: PreTrainedTokenizerBase, data: RunData
+) -> tuple[Precision, Any, torch.Tensor]:
+    """The model with its adapter, its types, and what it said to the probes before either was trained."""
+    base_dtype = None if architecture is None else getattr(architecture, "dtype", None) or torch.float32
+    precision = decide_precision(config, base_dtype)
+    model: Any = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    base_logits = probe_logits(model, data.probes)
+    if config.lora_config is not None:
+        model = add_adapter(model, config.lora_config)
+    return precision, model, base_logits
+
+
+def placement_notices(options: LoraOptions) -> list[str]:
+    wants = [
+        text
+        for text, is_set in (
+            ("modules_to_save", bool(options.modules_to_save)),
+            ("use_dora", options.use_dora),
+            (f"bias: {options.bias}", options.bias != "none"),
+        )
+        if is_set
+    ]
+    return (
+        [f"lora_config has {', '.join(wants)}: it will be served by a dedicated engine, not hot-swapped"]
+        if wants
+        else []
+    )
+
+
+def check_packing(model: nn.Module, data: RunData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """ModelError where documents of one row would see each other."""
+    if "position_ids" in data.train.column_names and not can_pack(inner_model(model), len(tokenizer)):
+        raise ModelError(
+            f"packing: {type(inner_model(model)).__name__} with this attention lets packed documents see each other; "
+            "set packing: false, or attn_implementation: sdpa"
+        )
+
+
+def announce(
+    console: Console,
+    config: TrainConfig,
+    model: nn.Module,
+    data: RunData,
+    precision: Precision,
+    notices: Sequence[str],
+) -> None:
+    for notice in notices:
+        console.print(f"note: {notice}", markup=False, highlight=False)
+    count, report = count_parameters(model), data.reports["train"]
+    is_packed = "position_ids" in data.train.column_names
+    packed = f" packed into {report.num_examples:,}" if is_packed else ""
+    console.print(
+        f"{config.kind}: {count.trainable:,} of {count.total:,} parameters trained ({count.share:.3%}), "
+        f"{report.num_documents:,} {report.format} rows{packed}, {report.num_trained_tokens:,} tokens with a loss, "
+        f"arithmetic {precision.arithmetic}, learning rate {config.peak_learning_rate:g}",
+        markup=False,
+        highlight=False,
+    )

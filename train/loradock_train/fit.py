@@ -1,0 +1,88 @@
+"""The training itself: the trainer put together from its parts, run to its end or to where it is asked to stop."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets  # type: ignore[import-untyped]
+import torch
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from loradock_train.before import RunData
+from loradock_train.config import TrainConfig
+from loradock_train.dataset import Collator
+from loradock_train.errors import RunStopped
+from loradock_train.loss import can_own_loss
+from loradock_train.model import (
+    Precision,
+    inner_model,
+)
+from loradock_train.order import Order
+from loradock_train.progress import Meter, Reporter
+from loradock_train.report import Outcome
+from loradock_train.saves import Position, Save
+from loradock_train.schedule import learning_rate_factor, length_of
+from loradock_train.stop import Saver, StopRequest
+from loradock_train.tokenizer import padding_id
+from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
+
+
+def fit(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    precision: Precision,
+    directory: Path,
+    console: Console,
+    save: Save | None,
+    write: Callable[[Position, Callable[[Path], None]], Path],
+) -> Outcome:
+    """Train to the end. Raises RunStopped where a signal ends it earlier."""
+    collate = Collator(padding_id(tokenizer))
+    use_own = can_own_loss(inner_model(model), torch.as_tensor(data.train[0]["input_ids"]).to(model.device))
+    length = length_of(config, len(data.train), num_devices=1)
+    meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)
+    history = [] if save is None else save.position.history
+    reporter = Reporter(directory / "metrics.jsonl", length, meter, console, history)
+    request = StopRequest()
+    with loss_context(inner_model(model), use_own), request.on_signals():
+        trainer = LoradockTrainer(
+            rate=lambda step: learning_rate_factor(config, length, step, meter.elapsed_s),
+            order=_order(config, data.train),
+            steps_per_epoch=length.steps_per_epoch,
+            meter=meter,
+            reporter=reporter,
+            saver=Saver(config, request),
+            write=write,
+            model=model,
+            args=training_arguments(config, length, precision, directory),
+            data_collator=collate,
+            train_dataset=data.train,
+            eval_dataset=data.valid,
+        )
+        try:
+            if save is None:
+                trainer.train()
+            else:
+                trainer.go_on(save)
+            meter.stop()
+            steps = trainer.state.global_step
+            if request.is_set and trainer.last_save is not None and trainer.last_save[0] == steps:
+                raise RunStopped(*trainer.last_save)
+            if data.valid is not None and not (reporter.history and "eval_loss" in reporter.history[-1]):
+                trainer.evaluate()
+        finally:
+            reporter.close()
+    model.__dict__.pop("forward", None)  # accelerate's autocast wrapper: proof and export want the bare model
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return Outcome(
+        steps, steps / length.steps_per_epoch, meter.elapsed_s, meter.tokens, reporter.history, use_own, device
+    )
+
+
+def _order(config: TrainConfig, rows: datasets.Dataset) -> Order:
+    lengths = [int(length) for length in rows["length"]]
+    rows_per_step = config.train_batch_size_per_device * config.gradient_accumulation_steps
+    return Order(lengths, rows_per_step, config.group_by_length, config.seed)
