@@ -40,7 +40,8 @@ class TrainConfig(Section):
 
     # ---- data -----------------------------------------------------------------------------------------------------
     train_path: Paths
-    """Training data: a .jsonl or .txt file, a directory of them, or a list. Relative paths are relative to the YAML."""
+    """Training data: a .jsonl or .txt file (also .gz, .zst), a directory of them, a URL, or a list. Relative paths are
+    relative to the YAML."""
 
     valid_path: Paths | None = None
     """Validation data, in the same format. Default none: no validation loss."""

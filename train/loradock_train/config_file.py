@@ -19,6 +19,7 @@ from loradock_adapters.strict_config import parse_value, read_yaml
 from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.errors import ConfigError, Problem
+from loradock_train.files import is_url
 
 Keys = tuple[str, ...]
 SECTIONS: dict[str, type[BaseModel]] = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}
@@ -160,9 +161,9 @@ def _nearest(keys: Keys) -> str:
 def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
     """Relative data paths belong to the YAML's folder. A model_id is a path when such a directory is there, else a
     hub id."""
-    update: dict[str, Any] = {"train_path": tuple(str(folder / path) for path in config.train_path)}
+    update: dict[str, Any] = {"train_path": tuple(_data_path(path, folder) for path in config.train_path)}
     if config.valid_path is not None:
-        update["valid_path"] = tuple(str(folder / path) for path in config.valid_path)
+        update["valid_path"] = tuple(_data_path(path, folder) for path in config.valid_path)
     if config.model_id is not None:
         update["model_id"] = _path_or_hub_id(config.model_id, folder, "model_id")
     if config.tokenizer is not None and config.tokenizer.path is not None:
@@ -177,11 +178,15 @@ def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
         Problem(key, f"no such file or directory: {path}")
         for key in ("train_path", "valid_path")
         for path in update.get(key, ())
-        if not Path(path).exists()
+        if not is_url(path) and not Path(path).exists()
     ]
     if missing:
         raise ConfigError("the config names files that are not there:", missing)
     return config.model_copy(update=update)
+
+
+def _data_path(path: str, folder: Path) -> str:
+    return path if is_url(path) else str(folder / path)
 
 
 def _path_or_hub_id(name: str, folder: Path, key: str) -> str:

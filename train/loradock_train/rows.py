@@ -10,14 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from loradock_train.errors import DataError, Problem
+from loradock_train.files import DataFile, data_files
 
 Format: TypeAlias = Literal["chat", "instruction", "completion", "text"]
 
-SUFFIXES = (".jsonl", ".txt")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MARKS: dict[str, Format] = {"messages": "chat", "instruction": "instruction", "prompt": "completion", "text": "text"}
 
@@ -44,7 +43,7 @@ class Rows:
     format: Format
     rows: tuple[Row, ...]
     sha256: str
-    """Hash over the bytes of all files, in order."""
+    """Hash over the bytes of all files (decompressed), in order."""
     files: tuple[tuple[str, str], ...] = ()
     """Path and sha256 of every file, in order."""
 
@@ -56,70 +55,55 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
     digest = hashlib.sha256()
     files: list[tuple[str, str]] = []
     for file in data_files(paths, key):
-        content = file.read_bytes()
+        content, sha256 = file.read()
         digest.update(content)
-        files.append((str(file), hashlib.sha256(content).hexdigest()))
+        files.append((file.name, sha256))
         rows.extend(_read_file(file, content, problems))
     if problems:
         raise DataError(f"{key} has {_count(len(problems), 'broken line')}:", problems)
     if not rows:
         raise DataError(f"{key} has no data:", [Problem(path, "no rows") for path in paths])
-    found = _decide_format(rows, wanted, key)
-    problems = [Problem(row.where, message) for row in rows for message in _check(row.values, found)]
+    found = decide_format(rows, wanted, key)
+    problems = [problem for row in rows for problem in check_row(row, found)]
     if problems:
         raise DataError(f"{key} has {_count(len(problems), 'problem')}:", problems)
     return Rows(found, tuple(rows), digest.hexdigest(), tuple(files))
-
-
-def data_files(paths: Sequence[str], key: str) -> list[Path]:
-    """The files that the paths stand for; a directory stands for its .jsonl and .txt files, sorted, at any depth."""
-    files: list[Path] = []
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-            if not inside:
-                raise DataError(f"{key} has no data:", [Problem(name, "no .jsonl or .txt file in this directory")])
-            files.extend(inside)
-        elif path.suffix not in SUFFIXES:
-            raise DataError(f"{key} cannot be read:", [Problem(name, "expected a .jsonl or .txt file, or a directory")])
-        elif not path.is_file():
-            raise DataError(f"{key} cannot be read:", [Problem(name, "no such file")])
-        else:
-            files.append(path)
-    return files
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _read_file(file: Path, content: bytes, problems: list[Problem]) -> Iterator[Row]:
+def _read_file(file: DataFile, content: bytes, problems: list[Problem]) -> Iterator[Row]:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        problems.append(Problem(f"{file}, line {line}", "not valid UTF-8"))
+        problems.append(Problem(f"{file.name}, line {line}", "not valid UTF-8"))
         return
-    if file.suffix == ".txt":
+    if file.is_text:
         if text.strip():
-            yield Row(str(file), 0, {"text": text})
+            yield Row(file.name, 0, {"text": text})
         return
     for number, line_text in enumerate(text.split("\n"), start=1):
-        if not line_text.strip():
-            continue
-        try:
-            values = json.loads(line_text)
-        except json.JSONDecodeError as error:
-            problems.append(Problem(f"{file}, line {number}", f"not valid JSON: {error.msg} at column {error.colno}"))
-            continue
-        if not isinstance(values, dict):
-            problems.append(Problem(f"{file}, line {number}", f"expected a JSON object, found {type(values).__name__}"))
-            continue
-        yield Row(str(file), number, values)
+        if line_text.strip() and (row := parse_line(file.name, number, line_text, problems)) is not None:
+            yield row
 
 
-def _decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: str) -> Format:
+def parse_line(file: str, number: int, line: str, problems: list[Problem]) -> Row | None:
+    """One line of JSON Lines; None where it is added to the problems."""
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError as error:
+        problems.append(Problem(f"{file}, line {number}", f"not valid JSON: {error.msg} at column {error.colno}"))
+        return None
+    if not isinstance(values, dict):
+        problems.append(Problem(f"{file}, line {number}", f"expected a JSON object, found {type(values).__name__}"))
+        return None
+    return Row(file, number, values)
+
+
+def decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: str) -> Format:
     """The one format that all rows share. Mixed files are an error that names the first row of each sort."""
     if wanted != "auto":
         return wanted
@@ -145,6 +129,11 @@ def _decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: s
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+def check_row(row: Row, row_format: Format) -> list[Problem]:
+    """All that is wrong with it."""
+    return [Problem(row.where, message) for message in _check(row.values, row_format)]
 
 
 def _check(values: dict[str, Any], row_format: Format) -> Iterator[str]:
