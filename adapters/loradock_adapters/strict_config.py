@@ -44,18 +44,27 @@ def parse_value(text: str) -> Any:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's own rule, which PyYAML does not keep: a key may stand once in a mapping. And 1e-4 is a number."""
+    """YAML's own rule, which PyYAML does not keep: a key may stand once in a mapping. And 1e-4 is a number.
+
+    A key that stands twice with one value does no harm, and files in the wild have them.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
+        seen: dict[Any, yaml.Node] = {}
+        for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
-            if key in seen:
+            if key in seen and not _same(seen[key], value_node):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
                 )
-            seen.add(key)
+            seen[key] = value_node
         return super().construct_mapping(node, deep=deep)
+
+
+def _same(one: yaml.Node, other: yaml.Node) -> bool:
+    """Whether two plain values are written alike."""
+    scalars = isinstance(one, yaml.ScalarNode) and isinstance(other, yaml.ScalarNode)
+    return scalars and (one.tag, one.value) == (other.tag, other.value)
 
 
 def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:

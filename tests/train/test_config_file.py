@@ -107,7 +107,9 @@ def test_warmup_ratio_is_translated_with_a_notice(tmp_path: Path) -> None:
 
 
 def test_warmup_ratio_beside_warmup_steps_is_refused(tmp_path: Path) -> None:
-    assert "warmup_ratio: unknown key" in complaint(tmp_path, MINIMAL + "warmup_ratio: 0.1\nwarmup_steps: 5\n")
+    assert "line 3, warmup_ratio: read as warmup_steps, which warmup_steps gives already; remove one" in complaint(
+        tmp_path, MINIMAL + "warmup_ratio: 0.1\nwarmup_steps: 5\n"
+    )
 
 
 def test_run_directory_as_model_id_stands_for_its_checkpoint(tmp_path: Path) -> None:
@@ -229,6 +231,10 @@ def test_key_given_twice_names_the_line(tmp_path: Path) -> None:
     message = complaint(tmp_path, MINIMAL + "seed: 1\nseed: 2\n")
     assert "line 4" in message
     assert "seed" in message
+
+
+def test_key_given_twice_with_one_value_is_taken(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL + "seed: 3\npacking: true\nseed: 3\n").seed == 3
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "just text\n"])

@@ -16,6 +16,7 @@ OPTIMISERS = (
     "adamw_torch",
     "adamw_8bit",
     "paged_adamw_8bit",
+    "paged_adamw_32bit",
     "adafactor",
     "sgd",
 )
@@ -69,6 +70,10 @@ class TrainConfig(Section):
     """Put several rows of the data into one of context_length tokens, without attention across them: less padding.
     Long documents of raw text are split, not cut off. Default: on for raw text."""
 
+    padding: Literal["longest", "max_length"] = "longest"
+    """How wide a batch is: as its longest row, or context_length, which is slower and shows the memory of the worst
+    case. Default longest."""
+
     # ---- how long -------------------------------------------------------------------------------------------------
     num_epochs: float | None = Field(default=None, gt=0)
     """Passes over the training data. Default 3, or no limit when max_steps or max_time_s is given. The first limit
@@ -96,6 +101,13 @@ class TrainConfig(Section):
 
     group_by_length: bool = True
     """Put rows of like length in a batch, so that little is padded. Order stays random beyond that. Default true."""
+
+    worker_resources: dict[str, float] = Field(default_factory=dict)
+    """What Ray is asked for, for every worker, by the names of its resources (`memory` in bytes). A run that Ray does
+    not start takes its machine as it is. Default none."""
+
+    trainer_resources: dict[str, float] = Field(default_factory=dict)
+    """The same for the process that leads the workers. Default none."""
 
     # ---- optimisation -----------------------------------------------------------------------------------------------
     learning_rate: float | None = Field(default=None, gt=0)

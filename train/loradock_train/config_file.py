@@ -20,6 +20,7 @@ from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.errors import ConfigError, Problem
 from loradock_train.files import is_url
+from loradock_train.seed_keys import translate
 
 Keys = tuple[str, ...]
 SECTIONS: dict[str, type[BaseModel]] = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}
@@ -45,14 +46,17 @@ def config_from(
 ) -> tuple[TrainConfig, list[str]]:
     """Validate a mapping with the YAML's keys. `folder` is what relative paths are relative to."""
     lines = lines if lines is not None else {}
-    translated, notices = _translate(values)
+    translated = translate(values)
+    problems = [Problem(_where((key,), lines, {}), told) for key, told in translated.problems.items()]
+    config: TrainConfig | None = None
     try:
-        config = TrainConfig.model_validate(translated)
+        config = TrainConfig.model_validate(translated.values)
     except ValidationError as error:
-        problems = list(_problems(error, lines))
+        problems.extend(_problems(error, lines, translated.origins))
+    if problems or config is None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
-        raise ConfigError(f"{source} has {count}:", problems) from None
-    return _resolve_paths(config, folder), notices
+        raise ConfigError(f"{source} has {count}:", problems)
+    return _resolve_paths(config, folder), translated.notices
 
 
 # ---- YAML ---------------------------------------------------------------------------------------------------------
@@ -91,21 +95,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _translate(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Old names that people's files still carry. Each translation is told."""
-    translated = dict(values)
-    notices: list[str] = []
-    if "warmup_ratio" in translated and "warmup_steps" not in translated:
-        ratio = translated.pop("warmup_ratio")
-        translated["warmup_steps"] = ratio
-        notices.append(f"warmup_ratio: {ratio} is read as warmup_steps: {ratio} (below 1 it is a share of the run)")
-    return translated, notices
-
-
 # ---- problems -------------------------------------------------------------------------------------------------------
 
 
-def _problems(error: ValidationError, lines: Mapping[Keys, int]) -> Iterator[Problem]:
+def _problems(error: ValidationError, lines: Mapping[Keys, int], origins: Mapping[str, str]) -> Iterator[Problem]:
     """One problem a key: where a value may be of several types, pydantic complains once for each."""
     messages: dict[Keys, list[str]] = {}
     for detail in error.errors(include_url=False):
@@ -115,9 +108,16 @@ def _problems(error: ValidationError, lines: Mapping[Keys, int]) -> Iterator[Pro
         if message not in told:
             told.append(message)
     for keys, told in messages.items():
-        where = ".".join(keys) or "config"
-        line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
-        yield Problem(f"line {line}, {where}" if line is not None else where, "; or ".join(told))
+        yield Problem(_where(keys, lines, origins), "; or ".join(told))
+
+
+def _where(keys: Keys, lines: Mapping[Keys, int], origins: Mapping[str, str]) -> str:
+    """The place as it stands in the file: its line, and the key by the name that it has there."""
+    if keys and keys[0] in origins:
+        keys = (origins[keys[0]], *keys[1:])
+    where = ".".join(keys) or "config"
+    line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
+    return f"line {line}, {where}" if line is not None else where
 
 
 def _key_path(location: Sequence[str | int]) -> Keys:

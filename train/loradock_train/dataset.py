@@ -161,10 +161,13 @@ class Collator:
     """
 
     pad_token_id: int
+    width_tokens: int | None = None
+    """Of every batch; default: its longest row decides."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
         width = math.ceil(longest / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE if longest > PAD_TO_MULTIPLE else longest
+        width = width if self.width_tokens is None else max(width, self.width_tokens)
         shape = (len(rows), width)
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)  # B, T
         labels = torch.full(shape, IGNORED, dtype=torch.long)  # B, T

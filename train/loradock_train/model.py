@@ -110,8 +110,10 @@ def check_machine(config: TrainConfig) -> None:
     """Refuse, before anything is loaded, what this machine cannot do. Raises ModelError."""
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ModelError("mixed_precision: fp16 needs a GPU; on a CPU use bf16, or no")
-    if "8bit" in config.optim and find_spec("bitsandbytes") is None:
-        raise ModelError(f"optim: {config.optim} needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    if ("8bit" in config.optim or "paged" in config.optim) and find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"optim: {config.optim} needs bitsandbytes, which is not installed: pip install 'loradock[quantised]'"
+        )
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ModelError("attn_implementation: flash_attention_2 needs flash-attn, which is not installed; use sdpa")
 

@@ -27,7 +27,18 @@ from loradock_train.export import write_atomically
 from loradock_train.rows import Rows
 
 FOLDER = "saves"
-FREE_KEYS = frozenset({"output_dir", "save_steps", "save_every_s", "keep", "train_path", "valid_path"})
+FREE_KEYS = frozenset(
+    {
+        "output_dir",
+        "save_steps",
+        "save_every_s",
+        "keep",
+        "train_path",
+        "valid_path",
+        "worker_resources",
+        "trainer_resources",
+    }
+)
 """Keys that may differ on resume. Data is compared by its content, not by where it lies."""
 BASE_TOLERANCE = 5e-2
 """Relative difference of the base's logits up to which it counts as the same model (on another machine)."""

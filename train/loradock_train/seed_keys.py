@@ -1,0 +1,209 @@
+"""Keys of other trainers' files, in our words: the LoRA-vs-full template's, and transformers' `TrainingArguments`.
+
+Every key that is read here is told with a notice that says what became of it; nothing is dropped in silence. A key
+that stands beside its new name is a problem, not a choice. Pure: knows nothing of files, lines or models.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+RENAMED = {
+    "num_checkpoints_to_keep": "keep",
+    "save_total_limit": "keep",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "train_batch_size_per_device",
+    "per_device_eval_batch_size": "eval_batch_size_per_device",
+    "max_seq_length": "context_length",
+    "max_length": "context_length",
+    "warmup_ratio": "warmup_steps",
+    "torch_dtype": "dtype",
+}
+UNUSED = {
+    "dataset_size_scaling_factor": "nothing here is sized by it: every row is read, and counted",
+    "logging_dir": "the run directory holds metrics.jsonl and loss.png",
+    "overwrite_output_dir": "to replace a run, give --overwrite on the command line",
+    "remove_unused_columns": "rows are read by our own rules, which name what is wrong with them",
+    "use_cache": "training never keeps a cache of keys and values",
+    "load_best_model_at_end": "the weights that are exported are chosen by best_by",
+    "greater_is_better": "every metric that best_by knows says itself which way is better",
+    "save_safetensors": "weights are never saved in another way",
+    "ddp_find_unused_parameters": "what is trained is known before training starts",
+}
+OPTIMISERS = {"adamw_bnb_8bit": "adamw_8bit", "adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}
+SPECIAL = (
+    "flash_attention_2",
+    "fp16",
+    "bf16",
+    "eval_strategy",
+    "evaluation_strategy",
+    "save_strategy",
+    "gradient_checkpointing_kwargs",
+)
+OLD_KEYS = frozenset({*RENAMED, *UNUSED, *SPECIAL})
+
+
+@dataclass
+class Translation:
+    """A mapping in our words."""
+
+    values: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
+    problems: dict[str, str] = field(default_factory=dict)
+    """By the key as it stands in the file."""
+    origins: dict[str, str] = field(default_factory=dict)
+    """Our key to the one that stands in the file instead."""
+
+    def move(self, old: str, new: str, value: Any, told: str) -> None:
+        """Take `old` as `new`; a problem where that is given, too."""
+        del self.values[old]
+        if new in self.values:
+            first = self.origins.get(new, new)
+            self.problems[old] = f"read as {new}, which {first} gives already; remove one of the two"
+            return
+        self.values[new] = value
+        self.origins[new] = old
+        self.notices.append(told)
+
+    def drop(self, old: str, told: str) -> None:
+        """Take `old` away, and say why nothing is lost."""
+        value = self.values.pop(old)
+        self.notices.append(f"{old}: {_shown(value)} is not needed: {told}")
+
+
+def translate(values: Mapping[str, Any]) -> Translation:
+    """A config's keys and values, those of other trainers in our words."""
+    done = Translation(dict(values))
+    for old, new in RENAMED.items():
+        if old in done.values:
+            value = done.values[old]
+            more = " (below 1 it is a share of the run)" if new == "warmup_steps" else ""
+            done.move(old, new, value, f"{old}: {_shown(value)} is read as {new}: {_shown(value)}{more}")
+    for old, why in UNUSED.items():
+        if old in done.values:
+            done.drop(old, why)
+    for rule in _RULES:
+        rule(done)
+    return done
+
+
+# ---- one rule each ---------------------------------------------------------------------------------------------------
+
+
+def _flash_attention(done: Translation) -> None:
+    wanted = done.values.get("flash_attention_2")
+    if "flash_attention_2" not in done.values:
+        return
+    if not isinstance(wanted, bool):
+        done.problems["flash_attention_2"] = f"must be true or false, got {wanted!r}"
+        del done.values["flash_attention_2"]
+    elif not wanted:
+        done.drop("flash_attention_2", "attn_implementation is auto, which takes it nowhere by itself")
+    else:
+        has_it = find_spec("flash_attn") is not None
+        kernel = "flash_attention_2" if has_it else "sdpa"
+        why = "" if has_it else ": flash-attn is not installed here (the results are the same but for rounding)"
+        done.move(
+            "flash_attention_2",
+            "attn_implementation",
+            kernel,
+            f"flash_attention_2: true is read as attn_implementation: {kernel}{why}",
+        )
+
+
+def _half_precision(done: Translation) -> None:
+    for old in ("bf16", "fp16"):
+        value = done.values.get(old)
+        if old not in done.values:
+            continue
+        if not isinstance(value, bool):
+            done.problems[old] = f"must be true or false, got {value!r}"
+            del done.values[old]
+        elif value:
+            done.move(old, "mixed_precision", old, f"{old}: true is read as mixed_precision: {old}")
+        else:
+            done.drop(old, "mixed_precision says which type is used")
+
+
+def _optimiser(done: Translation) -> None:
+    name = done.values.get("optim")
+    if isinstance(name, str) and name in OPTIMISERS:
+        done.values["optim"] = OPTIMISERS[name]
+        done.notices.append(f"optim: {name} is read as optim: {OPTIMISERS[name]}")
+
+
+def _scheduler(done: Translation) -> None:
+    if done.values.get("lr_scheduler_type") == "constant_with_warmup":
+        done.values["lr_scheduler_type"] = "constant"
+        done.notices.append(
+            "lr_scheduler_type: constant_with_warmup is read as constant (warmup_steps warms every one)"
+        )
+
+
+def _strategies(done: Translation) -> None:
+    for old in ("eval_strategy", "evaluation_strategy"):
+        if old not in done.values:
+            continue
+        value = done.values[old]  # YAML reads a bare `no` as false
+        if value in ("no", False) and done.values.get("valid_path") is not None:
+            done.problems[old] = "no, beside valid_path: rows that are given are validated on; remove one of the two"
+            del done.values[old]
+        elif value == "steps" and "eval_steps" not in done.values:
+            done.problems[old] = "steps, but no eval_steps; give it, or remove this key (an epoch is then the default)"
+            del done.values[old]
+        elif value == "epoch" and "eval_steps" in done.values:
+            done.problems[old] = "epoch, beside eval_steps; remove one of the two"
+            del done.values[old]
+        else:
+            done.drop(old, "with valid_path a run validates every eval_steps, or at the end of every epoch")
+    if "save_strategy" in done.values:
+        done.drop("save_strategy", "a run saves every save_steps and every save_every_s; its end is always exported")
+
+
+def _deepspeed(done: Translation) -> None:
+    section = done.values.get("deepspeed")
+    if isinstance(section, dict) and set(section) == {"config_path"}:
+        done.values["deepspeed"] = section["config_path"]
+        done.notices.append(f"deepspeed.config_path: read as deepspeed: {section['config_path']}")
+
+
+def _padding(done: Translation) -> None:
+    if done.values.get("padding") == "longest":
+        done.notices.append("padding: longest is what happens anyway: a batch is as wide as its longest row")
+    elif done.values.get("padding") == "max_length":
+        done.notices.append(
+            "padding: max_length makes every batch context_length wide: for measuring the worst case, slower otherwise"
+        )
+
+
+def _resources(done: Translation) -> None:
+    for key, who in (("worker_resources", "for every worker"), ("trainer_resources", "for the trainer")):
+        if done.values.get(key):
+            done.notices.append(
+                f"{key}: asked of Ray {who} (--ray); a run that Ray does not start takes this machine as it is"
+            )
+
+
+def _checkpointing(done: Translation) -> None:
+    if "gradient_checkpointing_kwargs" in done.values:
+        done.drop(
+            "gradient_checkpointing_kwargs", "checkpointing is never reentrant here"
+        )
+
+
+_RULES: tuple[Callable[[Translation], None], ...] = (
+    _flash_attention,
+    _half_precision,
+    _optimiser,
+    _scheduler,
+    _strategies,
+    _deepspeed,
+    _padding,
+    _resources,
+    _checkpointing,
+)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
