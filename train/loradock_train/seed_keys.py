@@ -187,9 +187,7 @@ def _resources(done: Translation) -> None:
 
 def _checkpointing(done: Translation) -> None:
     if "gradient_checkpointing_kwargs" in done.values:
-        done.drop(
-            "gradient_checkpointing_kwargs", "checkpointing is never reentrant here"
-        )
+        done.drop("gradient_checkpointing_kwargs", "checkpointing is never reentrant here")
 
 
 _RULES: tuple[Callable[[Translation], None], ...] = (
