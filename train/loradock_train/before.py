@@ -30,6 +30,8 @@ from loradock_train.model import (
 from loradock_train.packing import can_pack
 from loradock_train.proof import MAX_PROMPT_TOKENS, probe_logits
 from loradock_train.rows import Rows, read_rows
+from loradock_train.task import Scorer, make_scorer
+from loradock_train.task_rows import check_answers
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class RunData:
     valid: datasets.Dataset | None
     reports: dict[str, DataReport]
     probes: list[list[int]]
+    scorer: Scorer | None = None
+    """Of the run's task."""
 
 
 def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> RunData:
@@ -56,7 +60,12 @@ def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBas
     probed = (valid_rows if valid_rows is not None else rows).rows[: config.num_probe_prompts]
     probes = [encoder.prompt_ids(row, rows.format)[:MAX_PROMPT_TOKENS] for row in probed]
     splits = {"train": rows} if valid_rows is None else {"train": rows, "valid": valid_rows}
-    return RunData(splits, train_set, valid_set, reports, probes)
+    scorer = None
+    if config.task is not None and valid_rows is not None:
+        for key, each in (("train_path", rows), ("valid_path", valid_rows)):
+            check_answers(each, config.task, key)
+        scorer = make_scorer(config, valid_rows, encoder, tokenizer)
+    return RunData(splits, train_set, valid_set, reports, probes, scorer)
 
 
 def prepare_model(

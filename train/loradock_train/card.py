@@ -32,6 +32,7 @@ def model_card(config: TrainConfig, name: str, summary: dict[str, Any]) -> str:
         ("peak learning rate", f"{config.peak_learning_rate:g} ({config.lr_scheduler_type})"),
         ("training loss", _number(summary["final_train_loss"])),
         ("validation loss", _number(summary["final_eval_loss"])),
+        *_score_rows(summary),
         ("precision", f"arithmetic {summary['precision']['arithmetic']}, saved {summary['precision']['saved']}"),
         ("seed", str(config.seed)),
     ]
@@ -44,6 +45,15 @@ def model_card(config: TrainConfig, name: str, summary: dict[str, Any]) -> str:
         f"## Serve it\n\n```sh\nloradock push . {name}\n```\n\n"
         "`loradock.json` beside this file ties the weights to their base, tokenizer and chat template.\n"
     )
+
+
+def _score_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    score = summary.get("score")
+    if score is None:
+        return []
+    base = f", the base {score['base']:.4f}" if score.get("base") is not None else ""
+    constant = f", the best constant answer {score['constant']:.4f}" if score.get("constant") is not None else ""
+    return [(score["metric"], f"{score['value']:.4f}{base}{constant}")]
 
 
 def _base_name(config: TrainConfig) -> str:

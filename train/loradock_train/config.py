@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from loradock_train.config_sections import LoraOptions, Paths, Section, TokenizerOptions
+from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
 
 OPTIMISERS = (
     "adamw_torch_fused",
@@ -74,6 +75,9 @@ class TrainConfig(Section):
     """How wide a batch is: as its longest row, or context_length, which is slower and shows the memory of the worst
     case. Default longest."""
 
+    task: TaskOptions | None = None
+    """What the validation rows are scored by, beside the loss. Default none."""
+
     # ---- how long -------------------------------------------------------------------------------------------------
     num_epochs: float | None = Field(default=None, gt=0)
     """Passes over the training data. Default 3, or no limit when max_steps or max_time_s is given. The first limit
@@ -85,6 +89,15 @@ class TrainConfig(Section):
     max_time_s: float | None = Field(default=None, gt=0)
     """Seconds of training, without loading and export; the learning-rate schedule follows the clock. Default no
     limit."""
+
+    early_stopping: EarlyStopping | None = None
+    """End the run when `best_by` no longer gets better. Default none."""
+
+    best_by: (
+        Literal["eval_loss", "accuracy", "macro_f1", "rougeL", "rouge1", "rouge2", "exact_match", "token_f1"] | None
+    ) = None
+    """Export the weights of the best validation instead of the last step's: eval_loss, or a metric of the task.
+    Default: the last step; with early_stopping, the task's metric, else eval_loss."""
 
     # ---- batches --------------------------------------------------------------------------------------------------
     train_batch_size_per_device: int = Field(default=16, ge=1)
@@ -202,6 +215,23 @@ class TrainConfig(Section):
         if self.prompt_template is not None and "{instruction}" not in self.prompt_template:
             raise ValueError("prompt_template must contain {instruction} (and {input} where rows have one)")
         return self
+
+    @model_validator(mode="after")
+    def _validation_is_there(self) -> Self:
+        asked = [name for name in ("task", "early_stopping", "best_by") if getattr(self, name) is not None]
+        if asked and self.valid_path is None:
+            raise ValueError(f"{asked[0]} needs valid_path: the rows that are scored")
+        known = ("eval_loss", *(METRICS[self.task.kind] if self.task is not None else ()))
+        if self.best_by is not None and self.best_by not in known:
+            raise ValueError(f"best_by {self.best_by}: this run has {', '.join(known)}; task: gives more")
+        return self
+
+    @property
+    def chosen_best_by(self) -> str | None:
+        """By what the exported weights are chosen; None: they are the last step's."""
+        if self.best_by is not None or self.early_stopping is None:
+            return self.best_by
+        return self.task.chosen_metric if self.task is not None else "eval_loss"
 
     @property
     def kind(self) -> Literal["lora", "full", "scratch"]:

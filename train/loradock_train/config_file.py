@@ -18,12 +18,18 @@ from loradock_adapters.errors import UsageError
 from loradock_adapters.strict_config import parse_value, read_yaml
 from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
+from loradock_train.config_task import EarlyStopping, TaskOptions
 from loradock_train.errors import ConfigError, Problem
 from loradock_train.files import is_url
 from loradock_train.seed_keys import translate
 
 Keys = tuple[str, ...]
-SECTIONS: dict[str, type[BaseModel]] = {"lora_config": LoraOptions, "tokenizer": TokenizerOptions}
+SECTIONS: dict[str, type[BaseModel]] = {
+    "lora_config": LoraOptions,
+    "tokenizer": TokenizerOptions,
+    "task": TaskOptions,
+    "early_stopping": EarlyStopping,
+}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:

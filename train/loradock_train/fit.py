@@ -23,6 +23,7 @@ from loradock_train.progress import Meter, Reporter
 from loradock_train.report import Outcome
 from loradock_train.saves import Position, Save
 from loradock_train.schedule import learning_rate_factor, length_of
+from loradock_train.scoring import Scoring
 from loradock_train.stop import Saver, StopRequest
 from loradock_train.tokenizer import padding_id
 from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
@@ -47,6 +48,8 @@ def fit(
     history = [] if save is None else save.position.history
     reporter = Reporter(directory / "metrics.jsonl", length, meter, console, history)
     request = StopRequest()
+    scoring = Scoring(config, model, data.scorer, precision.arithmetic, directory, reporter)
+    scoring.begin(is_new=save is None)
     with loss_context(inner_model(model), use_own), request.on_signals():
         trainer = LoradockTrainer(
             rate=lambda step: learning_rate_factor(config, length, step, meter.elapsed_s),
@@ -56,6 +59,8 @@ def fit(
             reporter=reporter,
             saver=Saver(config, request),
             write=write,
+            score=scoring.metrics,
+            keeper=scoring.keeper,
             model=model,
             args=training_arguments(config, length, precision, directory),
             data_collator=collate,
@@ -77,8 +82,9 @@ def fit(
             reporter.close()
     model.__dict__.pop("forward", None)  # accelerate's autocast wrapper: proof and export want the bare model
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    scored = scoring.end(steps)
     return Outcome(
-        steps, steps / length.steps_per_epoch, meter.elapsed_s, meter.tokens, reporter.history, use_own, device
+        steps, steps / length.steps_per_epoch, meter.elapsed_s, meter.tokens, reporter.history, use_own, device, scored
     )
 
 

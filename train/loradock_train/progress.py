@@ -117,6 +117,13 @@ class Reporter(TrainerCallback):
                 )
             self._draw(state.global_step)
 
+    def note(self, values: dict[str, Any]) -> None:
+        """A line of its own before the first step."""
+        entry = {"step": 0, **values}
+        self.history.append(entry)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
     def close(self) -> None:
         """Leave the last state of the bar on the screen."""
         self._bar.stop()

@@ -21,6 +21,7 @@ from loradock_train.dataset import DataReport
 from loradock_train.encode import stop_token_ids
 from loradock_train.model import Precision, base_directory, count_parameters
 from loradock_train.proof import Proof
+from loradock_train.scoring import Scored
 
 PACKAGES = ("loradock", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
 
@@ -36,6 +37,7 @@ class Outcome:
     history: list[dict[str, Any]]
     used_own_loss: bool
     device: str
+    scored: Scored
 
 
 def summarise(
@@ -49,7 +51,8 @@ def summarise(
     """The contents of run.json, but for what is known only after the export."""
     count = count_parameters(model)
     losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
-    evals = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry]
+    exported = outcome.scored.exported_step
+    evals = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry and entry["step"] <= exported]
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory_bytes()
     return {
         "kind": config.kind,
@@ -71,8 +74,9 @@ def summarise(
         "device": outcome.device,
         "used_own_loss": outcome.used_own_loss,
         "data": {key: asdict(report) for key, report in reports.items()},
-        "notices": notices,
+        "notices": [*notices, *outcome.scored.notices],
         "versions": versions(),
+        **outcome.scored.summary,
     }
 
 

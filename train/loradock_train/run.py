@@ -38,6 +38,7 @@ from loradock_train.report import summarise, versions
 from loradock_train.rows import read_rows
 from loradock_train.rundir import check_output, prepare_output
 from loradock_train.saves import FOLDER, check_same, check_same_base, identity_of, write_save
+from loradock_train.scoring import write_scores
 from loradock_train.tokenizer import make_tokenizer, tokenizer_sha256
 
 
@@ -128,6 +129,7 @@ def train(
     trained_logits = probe_logits(model, data.probes)
     summary = summarise(config, model, data.reports, precision, outcome, notices)
     proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
+    write_scores(outcome.scored, data.scorer, directory)
     plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
     return _finish(directory, config.kind, summary, proof, started_s)
 

@@ -5,6 +5,7 @@
         optimizer.pt, scheduler.pt, scaler.pt (fp16), trainer_state.json    as transformers writes them
         base.safetensors      what the base said to the probes before training
         save.json             where the run stood, and what it was made from; written last
+    RUN/saves/best-00000080/  weights of the best validation (best.py)
 
 Random states are not here: those of a step follow from seed and step (order.py). A save is written under a temporary
 name, synced and renamed. Knows nothing of the loop that calls it.
@@ -163,6 +164,12 @@ def newest_save(run: Path) -> Save | None:
     if wrong:
         raise ResumeError(_damaged(directory), [Problem(name, "its size is not the one saved") for name in wrong])
     return Save(directory, position, identity)
+
+
+def saved_histories(run: Path) -> list[list[dict[str, Any]]]:
+    """Of every save that is there, the lines of metrics.jsonl up to it."""
+    texts = [(directory / "save.json").read_text(encoding="utf-8") for directory in _directories(run)]
+    return [json.loads(text)["position"]["history"] for text in texts]
 
 
 def check_same(save: Save, now: Identity) -> list[str]:

@@ -53,15 +53,20 @@ class LoradockTrainer(Trainer):
         reporter: Reporter,
         saver: Saver,
         write: Callable[[Position, Callable[[Path], None]], Path],
+        score: Callable[[nn.Module], dict[str, float]] | None = None,
+        keeper: TrainerCallback | None = None,
         **options: Any,
     ) -> None:
+        """score: metrics of the run's task. keeper: told of every validation."""
         self.meter = meter
+        self._score = score
         self.last_save: tuple[int, Path] | None = None
         """Step and directory."""
         self._rate, self._order, self._steps_per_epoch = rate, order, steps_per_epoch
         self._reporter, self._write = reporter, write
         self._resumed: Position | None = None
-        super().__init__(**options, callbacks=[reporter, saver, _Hooks(self)])
+        callbacks = [reporter, saver, _Hooks(self), *([] if keeper is None else [keeper])]
+        super().__init__(**options, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
 
     # ---- exact resume ------------------------------------------------------------------------------------------------
@@ -140,6 +145,8 @@ class LoradockTrainer(Trainer):
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
             f"{metric_key_prefix}_tokens": int(tokens),
         }
+        if self._score is not None:
+            metrics.update((f"{metric_key_prefix}_{name}", value) for name, value in self._score(model).items())
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
