@@ -130,7 +130,7 @@ def test_chat_has_no_begin_token_beside_the_template() -> None:
 def test_chat_tools_reach_the_template() -> None:
     template = "{% if tools %}T{{ tools | length }}{% endif %}" + CHATML
     example = Encoder(Letters(chat_template=template)).encode(
-        chat(("user", "q"), ("assistant", "a"), tools=[{"type": "function"}]), "chat"
+        chat(("user", "q"), ("assistant", "a"), tools=[{"type": "function", "function": {"name": "f"}}]), "chat"
     )
     assert example.input_ids[:2] == ids("T1")
 

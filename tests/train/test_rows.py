@@ -1,9 +1,12 @@
 """Rows are checked, every one, and a broken one is named by file and line."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from loradock_train.chat import as_served, functions_as_tools
 from loradock_train.errors import DataError
 from loradock_train.rows import Format, read_rows
 
@@ -153,5 +156,143 @@ def test_wrong_row_names_its_line_and_key(tmp_path: Path, line: str, expected: s
 
 
 def test_assistant_message_with_tool_calls_needs_no_content(tmp_path: Path) -> None:
-    call = '{"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}'
-    assert read(jsonl(tmp_path, f'{{"messages": [{{"role": "user", "content": "a"}}, {call}]}}')) == "chat"
+    assert read(jsonl(tmp_path, calling(CALL))) == "chat"
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+ADD: dict[str, Any] = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL: dict[str, Any] = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def calling(*calls: Any, answer: Any = None, **more: Any) -> str:
+    """A row in which the assistant calls, and is perhaps answered."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": list(calls)}]
+    return json.dumps({"messages": messages + ([] if answer is None else [answer]), **more})
+
+
+def with_function(**changes: Any) -> dict[str, Any]:
+    """The call, with a part of its function replaced; None takes it away."""
+    function = {key: value for key, value in {**CALL["function"], **changes}.items() if value is not None}
+    return {**CALL, "function": function}
+
+
+def test_row_with_tools_calls_and_answers_is_a_chat(tmp_path: Path) -> None:
+    answer = {"role": "tool", "content": "3", "tool_call_id": "c1"}
+    line = calling(CALL, answer=answer, tools=[ADD], parallel_tool_calls=False)
+    assert read(jsonl(tmp_path, line)) == "chat"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (calling(CALL, tools={}), "'tools' must be a list, found dict"),
+        (calling(CALL, tools=["add"]), "tools[0]: expected an object, found str"),
+        (calling(CALL, tools=[{**ADD, "type": "code"}]), "Invalid value: 'code' at 'tools[0].type'. Supported values"),
+        (calling(CALL, tools=[{"type": "function"}]), "Missing required parameter: 'tools[0].function'."),
+        (calling(CALL, tools=[{"function": "add"}]), "'tools[0].function' must be an object, found str"),
+        (calling(CALL, tools=[{"function": {}}]), "Missing required parameter: 'tools[0].function.name'."),
+        (calling(CALL, tools=[{"function": {"name": ""}}]), "'tools[0].function.name' must be a non-empty string"),
+        (
+            calling(CALL, tools=[{"function": {"name": "add", "parameters": "{}"}}]),
+            "'tools[0].function.parameters' must be an object, found str",
+        ),
+        (
+            calling(CALL, tools=[{"function": {"name": "add", "description": 1}}]),
+            "'tools[0].function.description' must be a string, found int",
+        ),
+        (calling(CALL, tools=[ADD, ADD]), "'tools' has 'add' more than once"),
+        (calling(CALL, parallel_tool_calls="no"), "'parallel_tool_calls' must be true or false, found str"),
+        (
+            calling(CALL, CALL, parallel_tool_calls=False),
+            "'messages[1].tool_calls' has 2 calls, but 'parallel_tool_calls' is false",
+        ),
+        (calling("add"), "messages[1].tool_calls[0]: expected an object, found str"),
+        (calling({"id": "c1"}), "Missing required parameter: 'messages[1].tool_calls[0].function'."),
+        (
+            calling(with_function(arguments=None)),
+            "Missing required parameter: 'messages[1].tool_calls[0].function.arguments'.",
+        ),
+        (
+            calling(with_function(arguments="{a")),
+            "'messages[1].tool_calls[0].function.arguments' is not valid JSON: ",
+        ),
+        (
+            calling(with_function(arguments="[1]")),
+            "'messages[1].tool_calls[0].function.arguments' must be a JSON object, found list",
+        ),
+        (
+            calling(with_function(name="sub"), tools=[ADD]),
+            "'messages[1].tool_calls[0].function.name' is 'sub', which is not among the row's tools (add)",
+        ),
+        (
+            calling(CALL, answer={"role": "tool", "content": "3"}),
+            "Missing required parameter: 'messages[2].tool_call_id'.",
+        ),
+        (
+            calling(CALL, answer={"role": "tool", "content": "3", "tool_call_id": "c9"}),
+            "messages[2]: 'tool_call_id' 'c9' is not among the ids of the calls before it (c1)",
+        ),
+        (
+            '{"messages": [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "a"}]}',
+            "messages[0]: messages with role 'tool' must be a response to a preceding message with 'tool_calls'.",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "q", "tool_calls": []}, {"role": "assistant", "content": "a"}]}',
+            "messages[0]: 'tool_calls' belong to assistant messages only",
+        ),
+    ],
+)
+def test_wrong_tools_and_calls_name_their_line_and_place(tmp_path: Path, line: str, expected: str) -> None:
+    assert f"rows.jsonl, line 1: {expected}" in complaint(jsonl(tmp_path, line))
+
+
+def test_old_functions_are_read_as_tools_with_a_notice(tmp_path: Path) -> None:
+    old = {
+        "functions": [{"name": "add"}],
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": "{}"}},
+            {"role": "function", "name": "add", "content": "3"},
+            {"role": "assistant", "content": "three", "weight": 0},
+        ],
+    }
+    rows = read_rows([str(jsonl(tmp_path, CHAT, json.dumps(old)))], "auto", "train_path")
+    assert rows.notices == ("train_path: 1 row with the old functions and function_call read as tools and tool_calls",)
+    assert functions_as_tools(rows.rows[1].values) == {
+        "tools": [{"type": "function", "function": {"name": "add"}}],
+        "messages": [
+            {"role": "user", "content": "q"},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": "{}"}}],
+            },
+            {"role": "tool", "name": "add", "content": "3"},
+            {"role": "assistant", "content": "three", "weight": 0},
+        ],
+    }
+    assert [message["role"] for message in as_served(old)[0]] == ["user", "assistant", "tool", "assistant"]
+    assert read_rows([str(jsonl(tmp_path, CHAT))], "auto", "train_path").notices == ()
+
+
+def test_old_function_call_that_is_malformed_is_named(tmp_path: Path) -> None:
+    call = '{"role": "assistant", "content": null, "function_call": "add"}'
+    message = complaint(jsonl(tmp_path, f'{{"messages": [{{"role": "user", "content": "a"}}, {call}]}}'))
+    assert "line 1: 'messages[1].tool_calls[0].function' must be an object, found str" in message
+
+
+def test_chat_reaches_the_template_as_the_engine_hands_it_over() -> None:
+    """What vLLM's chat endpoint does with a request: arguments as objects, no content as an empty text."""
+    values = {
+        "tools": [{**ADD, "cache": 1}],
+        "messages": [
+            {"role": "assistant", "content": None, "weight": 1, "tool_calls": [CALL, with_function(arguments="")]}
+        ],
+    }
+    messages, tools = as_served(values)
+    function = {"name": "add", "description": None, "parameters": {"type": "object"}}
+    assert tools == [{"type": "function", "function": function}]
+    calls = [{**CALL, "function": {"name": "add", "arguments": found}} for found in ({"a": 1}, {})]
+    assert messages == [{"role": "assistant", "content": "", "tool_calls": calls}]
+    assert values["messages"][0]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}', "the row is left as it is"

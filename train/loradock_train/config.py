@@ -78,6 +78,9 @@ class TrainConfig(Section):
     task: TaskOptions | None = None
     """What the validation rows are scored by, beside the loss. Default none."""
 
+    padding_side: Literal["right", "left"] = "right"
+    """Where short rows of a batch are filled up. The loss is the same on either side. Default right."""
+
     # ---- how long -------------------------------------------------------------------------------------------------
     num_epochs: float | None = Field(default=None, gt=0)
     """Passes over the training data. Default 3, or no limit when max_steps or max_time_s is given. The first limit

@@ -152,40 +152,48 @@ def _as_dataset(examples: Sequence[Example], positions: Sequence[Sequence[int]] 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads a batch on the right to its longest row (a multiple of 8), with the mask that says so.
+    """Pads a batch to its longest row (a multiple of 8), with the mask that says so.
 
-    Packed rows bring positions, and get no mask: their padding is one more document, which nothing sees. `num_tokens`
-    is for the meter; the trainer takes it out before the model sees the batch.
+    On the left, rows bring positions that begin at their own first token: models with learnt positions would else see
+    them elsewhere. Packed rows bring positions anyway, and get no mask: their padding is one more document, which
+    nothing sees. `num_tokens` is for the meter; the trainer takes it out before the model sees the batch.
 
     B: rows, T: tokens of the longest row.
     """
 
     pad_token_id: int
+    side: Literal["right", "left"] = "right"
     width_tokens: int | None = None
     """Of every batch; default: its longest row decides."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
+        lengths = [len(row["input_ids"]) for row in rows]
+        longest = max(lengths)
         width = math.ceil(longest / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE if longest > PAD_TO_MULTIPLE else longest
         width = width if self.width_tokens is None else max(width, self.width_tokens)
         shape = (len(rows), width)
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.long)  # B, T
         labels = torch.full(shape, IGNORED, dtype=torch.long)  # B, T
         mask = torch.zeros(shape, dtype=torch.long)  # B, T
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[index, :length] = torch.as_tensor(row["input_ids"])
-            labels[index, :length] = torch.as_tensor(row["labels"])
-            mask[index, :length] = 1
-        labels[:, 0] = IGNORED  # nothing comes before the first token: it is never predicted, so it must not be counted
+        positions = torch.zeros(shape, dtype=torch.long)  # B, T
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            begin = width - length if self.side == "left" else 0
+            held = slice(begin, begin + length)
+            input_ids[index, held] = torch.as_tensor(row["input_ids"])
+            labels[index, held] = torch.as_tensor(row["labels"])
+            labels[index, begin] = IGNORED  # nothing comes before the first token: it has no loss, and does not count
+            mask[index, held] = 1
+            positions[index, held] = (
+                torch.as_tensor(row["position_ids"]) if "position_ids" in row else torch.arange(length)
+            )
+            if "position_ids" in row:
+                padding = slice(0, begin) if self.side == "left" else slice(length, width)
+                positions[index, padding] = torch.arange(width - length)
         batch = {"input_ids": input_ids, "labels": labels, "num_tokens": mask.sum()}
         if "position_ids" in rows[0]:
-            positions = torch.arange(width).repeat(len(rows), 1)  # B, T
-            for index, row in enumerate(rows):
-                length = len(row["position_ids"])
-                positions[index, :length] = torch.as_tensor(row["position_ids"])
-                positions[index, length:] = torch.arange(width - length)
             is_plain = bool((positions[:, -1] == width - 1).all())  # one document in every row
             return batch if is_plain else {**batch, "position_ids": positions}
-        # Without padding no mask: attention then takes its causal fast path.
-        return batch if bool(mask.all()) else {**batch, "attention_mask": mask}
+        if bool(mask.all()):
+            return batch  # without padding no mask: attention then takes its causal fast path
+        batch["attention_mask"] = mask
+        return batch if self.side == "right" else {**batch, "position_ids": positions}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from loradock_train.chat import as_served
 from loradock_train.errors import DataError, Problem
 from loradock_train.rows import Format, Row
 
@@ -105,44 +106,78 @@ class Encoder:
         The template must be prefix-stable: rendering more messages may only append. Templates that rewrite earlier
         turns (some drop earlier reasoning) would train on text that the server never shows the model.
         """
-        messages = [{k: v for k, v in message.items() if k != "weight"} for message in row.values["messages"]]
-        tools = row.values.get("tools")
-        ids = self._render(messages, tools, generation=False, row=row)
-        labels = [IGNORED] * len(ids)
+        messages, tools = as_served(row.values)
+        whole = self._render(messages, tools, generation=False, row=row)
+        turns: list[tuple[int, int]] = []  # where in the text an answer begins, and where its turn ends
         for index, message in enumerate(row.values["messages"]):
             if message["role"] != "assistant" or message.get("weight", 1) == 0:
                 continue
             before = self._render(messages[:index], tools, generation=True, row=row)
             through = self._render(messages[: index + 1], tools, generation=False, row=row)
-            if through[: len(before)] != before or ids[: len(through)] != through:
-                raise DataError(
-                    "the chat template cannot be trained on:",
-                    [
-                        Problem(
-                            row.where, f"rendering up to messages[{index}] is not a prefix of the whole conversation"
-                        )
-                    ],
-                )
-            end = _through_stop(through, len(before), self.stop_ids())
-            labels[len(before) : end] = through[len(before) : end]
+            if not (through.startswith(before) and whole.startswith(through)):
+                raise DataError(_UNSTABLE, [Problem(row.where, _not_a_prefix(index))])
+            turns.append((len(before), len(through)))
+        return self._answers(whole, turns)
+
+    def _answers(self, text: str, turns: Sequence[tuple[int, int]]) -> Example:
+        """A rendered conversation of which the answers are learnt, each through its stop token.
+
+        Where the ids up to an answer do not begin the ids of the whole text (an answer that begins with a newline
+        merges with that of the generation prompt), the answers are tokenised alone: the server never sees the merge.
+        """
+        ids = self._ids(text, special=False)
+        spans = [(self._as_prefix(text[:start], ids), self._as_prefix(text[:end], ids)) for start, end in turns]
+        if any(place < 0 for span in spans for place in span):
+            ids, spans = self._in_pieces(text, turns)
+        labels = [IGNORED] * len(ids)
+        for start, end in spans:
+            stop = _through_stop(ids[:end], start, self.stop_ids())
+            labels[start:stop] = ids[start:stop]
         return Example(ids, labels)
+
+    def _as_prefix(self, text: str, ids: Sequence[int]) -> int:
+        """How many of the ids this beginning of their text is; -1 where a token crosses its end."""
+        own = self._ids(text, special=False)
+        return len(own) if list(ids[: len(own)]) == own else -1
+
+    def _in_pieces(self, text: str, turns: Sequence[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """The text cut where answers begin and end: its ids, and where among them each answer stands."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        read = 0
+        for start, end in turns:
+            ids += self._ids(text[read:start], special=False)
+            answer = self._ids(text[start:end], special=False)
+            spans.append((len(ids), len(ids) + len(answer)))
+            ids, read = ids + answer, end
+        return ids + self._ids(text[read:], special=False), spans
 
     def stop_ids(self) -> frozenset[int]:
         """Tokens after which an answer is over, for this tokenizer and template."""
         return frozenset(stop_token_ids(self.tokenizer))
 
-    def _render(self, messages: Sequence[dict[str, Any]], tools: Any, generation: bool, row: Row) -> list[int]:
+    def _render(self, messages: Sequence[dict[str, Any]], tools: Any, generation: bool, row: Row) -> str:
         if not messages and not generation:
-            return []
+            return ""
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, add_generation_prompt=generation, tokenize=False
             )
+            return text
         except Exception as error:  # templates raise what they like (jinja's TemplateError, TypeError, …)
             raise DataError(
                 "the chat template refuses a conversation:", [Problem(row.where, f"{type(error).__name__}: {error}")]
             ) from error
-        return self._ids(text, special=False)
+
+
+_UNSTABLE = (
+    "the chat template cannot be trained on: it rewrites earlier turns (set chat_template: to one that only appends, "
+    "or learn the last answer of each row alone, with weight: 0 on those before it):"
+)
+
+
+def _not_a_prefix(index: int) -> str:
+    return f"rendering up to messages[{index}] is not a prefix of the whole conversation"
 
 
 def _through_stop(ids: Sequence[int], start: int, stops: frozenset[int]) -> int:
@@ -188,6 +223,7 @@ def stop_token_ids(tokenizer: Any) -> tuple[int, ...]:
         "<|im_end|>",
         "<|eot_id|>",
         "<|eot|>",
+        "<|eom_id|>",
         "<end_of_turn>",
         "<end_of_utterance>",
         "<|end|>",

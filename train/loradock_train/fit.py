@@ -41,7 +41,8 @@ def fit(
     write: Callable[[Position, Callable[[Path], None]], Path],
 ) -> Outcome:
     """Train to the end. Raises RunStopped where a signal ends it earlier."""
-    collate = Collator(padding_id(tokenizer), config.context_length if config.padding == "max_length" else None)
+    width_tokens = config.context_length if config.padding == "max_length" else None
+    collate = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
     use_own = can_own_loss(inner_model(model), torch.as_tensor(data.train[0]["input_ids"]).to(model.device))
     length = length_of(config, len(data.train), num_devices=1)
     meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from loradock_train.chat import check_chat, has_functions
 from loradock_train.errors import DataError, Problem
 from loradock_train.files import DataFile, data_files
 
 Format: TypeAlias = Literal["chat", "instruction", "completion", "text"]
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _MARKS: dict[str, Format] = {"messages": "chat", "instruction": "instruction", "prompt": "completion", "text": "text"}
 
 
@@ -46,6 +46,8 @@ class Rows:
     """Hash over the bytes of all files (decompressed), in order."""
     files: tuple[tuple[str, str], ...] = ()
     """Path and sha256 of every file, in order."""
+    notices: tuple[str, ...] = ()
+    """What was read otherwise than it is written."""
 
 
 def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) -> Rows:
@@ -67,7 +69,9 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
     problems = [problem for row in rows for problem in check_row(row, found)]
     if problems:
         raise DataError(f"{key} has {_count(len(problems), 'problem')}:", problems)
-    return Rows(found, tuple(rows), digest.hexdigest(), tuple(files))
+    old = sum(found == "chat" and has_functions(row.values) for row in rows)
+    notices = (f"{key}: {_count(old, 'row')} with the old functions and function_call read as tools and tool_calls",)
+    return Rows(found, tuple(rows), digest.hexdigest(), tuple(files), notices if old else ())
 
 
 def _count(number: int, noun: str) -> str:
@@ -138,7 +142,7 @@ def check_row(row: Row, row_format: Format) -> list[Problem]:
 
 def _check(values: dict[str, Any], row_format: Format) -> Iterator[str]:
     if row_format == "chat":
-        yield from _check_chat(values)
+        yield from check_chat(values)
     elif row_format == "instruction":
         yield from _check_strings(values, required=("instruction", "output"), optional=("input", "system"))
         if values.get("output") == "":
@@ -160,31 +164,3 @@ def _check_strings(values: dict[str, Any], required: Sequence[str], optional: Se
     for name in optional:
         if not isinstance(values.get(name, ""), str):
             yield f"'{name}' must be a string, found {type(values[name]).__name__}"
-
-
-def _check_chat(values: dict[str, Any]) -> Iterator[str]:
-    """The OpenAI shape, in the wording of OpenAI's own validation where it has one."""
-    messages = values.get("messages")
-    if not isinstance(messages, list) or not messages:
-        yield "missing key 'messages'" if messages is None else "'messages' must be a non-empty list"
-        return
-    if not isinstance(values.get("tools", []), list):
-        yield "'tools' must be a list"
-    trained = 0
-    for index, message in enumerate(messages):
-        place = f"messages[{index}]"
-        if not isinstance(message, dict):
-            yield f"{place}: expected an object, found {type(message).__name__}"
-            continue
-        role = message.get("role")
-        if role not in ROLES:
-            yield f"{place}: invalid role {role!r}; expected one of {', '.join(ROLES)}"
-        has_calls = role == "assistant" and bool(message.get("tool_calls"))
-        if not isinstance(message.get("content"), str) and not (message.get("content") is None and has_calls):
-            yield f"{place}: missing or non-string 'content'"
-        weight = message.get("weight", 1)
-        if "weight" in message and (role != "assistant" or isinstance(weight, bool) or weight not in (0, 1)):
-            yield f"{place}: 'weight' must be 0 or 1, and on assistant messages only"
-        trained += role == "assistant" and weight == 1
-    if not trained:
-        yield "Example has no assistant message to learn from (at least one with weight 1 is needed)"

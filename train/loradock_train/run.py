@@ -104,6 +104,8 @@ def train(
     if architecture is not None:
         check_base(architecture, len(tokenizer), config.context_length)
     data = load_data(config, rows, tokenizer)
+    for split in data.splits.values():
+        notices.extend(split.notices)
     for key, report in data.reports.items():
         notices.extend(report.notices(key, config.context_length))
 

@@ -54,7 +54,7 @@ def data(
     }
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
         notices.append("pad and end of text are one token: padding is masked by position here, so the end is learnt")
-    for notice in notices:
+    for notice in (*(told for split in splits.values() for told in split.notices), *notices):
         note(f"note: {notice}")
     if as_json:
         out_json({key: asdict(examination) for key, examination in found.items()})
