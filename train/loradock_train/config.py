@@ -5,11 +5,11 @@ or models. The keys are those of the LoRA-vs-full template this project grew fro
 of `lora_config` alone decides between LoRA and full-parameter training.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from loradock_train.config_sections import LoraOptions, Paths, Section, TokenizerOptions
+from loradock_train.config_sections import LoraOptions, Paths, Section, TokenizerOptions, as_tuple
 from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
 
 OPTIMISERS = (
@@ -21,6 +21,8 @@ OPTIMISERS = (
     "adafactor",
     "sgd",
 )
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class TrainConfig(Section):
@@ -185,6 +187,16 @@ class TrainConfig(Section):
 
     num_probe_prompts: int = Field(default=4, ge=1, le=16)
     """Prompts on which the exported checkpoint is compared with the trained model. Default 4."""
+
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """What an hour of everything that the run occupies costs, in any currency. Default none: no cost is told."""
+
+    power_watts: float | None = Field(default=None, gt=0)
+    """Draw of the machine under load, in watts, for the energy estimate where no counter of the hardware (NVML, RAPL)
+    can be read. Default none: then energy is told where it is measured, and nowhere else."""
+
+    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_tuple)] = ()
+    """Where the lines of metrics.jsonl go as well: tensorboard, wandb, mlflow; one or a list. Default nowhere."""
 
     license: str | None = Field(default=None, max_length=200)
     """Terms under which the checkpoint may be used, as an SPDX id or a name; written into the passport. Default: those

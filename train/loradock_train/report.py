@@ -61,6 +61,7 @@ def summarise(
         "epochs": round(outcome.epochs, 4),
         "train_seconds": round(outcome.seconds, 2),
         "tokens": outcome.tokens,
+        "learning_rate": config.peak_learning_rate,
         "tokens_per_s": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds > 0 else None,
         "final_train_loss": losses[-1] if losses else None,
         "final_eval_loss": evals[-1] if evals else None,

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from transformers import set_seed
@@ -26,6 +27,7 @@ from loradock_train.after import export, write_text
 from loradock_train.before import announce, check_packing, load_data, placement_notices, prepare_model
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
+from loradock_train.cost import SpendMeter, cost_of, told
 from loradock_train.fit import fit
 from loradock_train.model import (
     base_config,
@@ -94,7 +96,7 @@ def train(
         raise UsageError("training with several processes is not there yet; start `loradock train` without a launcher")
     directory = Path(output if output is not None else config.output_dir or Path("runs") / name)
     save = check_output(directory, overwrite, resume)
-    started_s = time.monotonic()
+    started_s, spending = time.monotonic(), SpendMeter(None if save is None else save.spent)
     set_seed(config.seed)
 
     check_machine(config)
@@ -125,7 +127,10 @@ def train(
     if resume:
         where = f"resuming at step {save.position.step}" if save else "nothing was saved: beginning at step 0"
         console.print(where, markup=False, highlight=False)
-    write = partial(write_save, directory, identity=identity, model=model, base_logits=base_logits, keep=config.keep)
+    write = partial(
+        write_save, directory, identity=identity, model=model, base_logits=base_logits, keep=config.keep,
+        spent=spending.so_far,
+    )  # fmt: skip
     outcome = fit(config, model, tokenizer, data, precision, directory, console, save, write)
 
     trained_logits = probe_logits(model, data.probes)
@@ -133,7 +138,10 @@ def train(
     proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
     write_scores(outcome.scored, data.scorer, directory)
     plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
-    return _finish(directory, config.kind, summary, proof, started_s)
+    summary["data_sha256"] = {key: rows.sha256 for key, rows in data.splits.items()}
+    run = _finish(directory, config, summary, proof, started_s, spending)
+    console.print(told(summary), markup=False, highlight=False)
+    return run
 
 
 def _resolve(
@@ -148,12 +156,25 @@ def _resolve(
     return resolved, notices, Path(config).stem
 
 
-def _finish(directory: Path, kind: str, summary: dict[str, Any], proof: Proof, started_s: float) -> Run:
+def _finish(
+    directory: Path,
+    config: TrainConfig,
+    summary: dict[str, Any],
+    proof: Proof,
+    started_s: float,
+    spending: SpendMeter,
+) -> Run:
     """Say in run.json what became of it; only then are its saves of no use."""
     differences = {"reloaded": proof.reloaded_difference, "base": proof.base_difference}
     summary["proof"] = differences | {"prompts": len(proof.prompts)}
     summary["checkpoint_bytes"] = sum(file.stat().st_size for file in (directory / "checkpoint").iterdir())
     summary["total_seconds"] = round(time.monotonic() - started_s, 2)
+    summary["cost"] = cost_of(
+        spending.so_far(),
+        has_gpu=torch.cuda.is_available(),
+        price_per_hour=config.price_per_hour,
+        power_watts=config.power_watts,
+    )
     write_text(directory / "run.json", json.dumps(summary, indent=2) + "\n")
     shutil.rmtree(directory / FOLDER, ignore_errors=True)
-    return Run(directory, kind, summary)
+    return Run(directory, config.kind, summary)

@@ -14,7 +14,7 @@ name, synced and renamed. Knows nothing of the loop that calls it.
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loradock_train.config import TrainConfig
+from loradock_train.cost import UNKNOWN, Spent
 from loradock_train.errors import Problem, ResumeError
 from loradock_train.export import write_atomically
 from loradock_train.rows import Rows
@@ -38,6 +39,7 @@ FREE_KEYS = frozenset(
         "valid_path",
         "worker_resources",
         "trainer_resources",
+        *("price_per_hour", "power_watts", "report_to"),
     }
 )
 """Keys that may differ on resume. Data is compared by its content, not by where it lies."""
@@ -77,6 +79,7 @@ class Save:
     directory: Path
     position: Position
     identity: Identity
+    spent: Spent = UNKNOWN
 
     @property
     def base_logits(self) -> Tensor:
@@ -104,6 +107,7 @@ def write_save(
     model: nn.Module,
     base_logits: Tensor,
     keep: int,
+    spent: Callable[[], Spent] = Spent,
 ) -> Path:
     """Write one save, then remove all but the newest `keep`. `fill` adds the files of optimiser and schedule."""
     directory = run / FOLDER / f"step-{position.step:08d}"
@@ -113,7 +117,8 @@ def write_save(
         save_file({"logits": base_logits.contiguous()}, temporary / "base.safetensors")
         fill(temporary)
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-        text = json.dumps({"position": asdict(position), "identity": asdict(identity), "files": files}, indent=1)
+        parts = {"position": asdict(position), "identity": asdict(identity), "spent": asdict(spent()), "files": files}
+        text = json.dumps(parts, indent=1)
         (temporary / "save.json").write_text(text + "\n", encoding="utf-8")
 
     if not directory.exists():  # a stop may come at a step that was just saved
@@ -157,13 +162,14 @@ def newest_save(run: Path) -> Save | None:
     try:
         values = json.loads((directory / "save.json").read_text(encoding="utf-8"))
         position, identity = Position(**values["position"]), Identity(**values["identity"])
+        spent = Spent(**values["spent"]) if "spent" in values else replace(UNKNOWN, seconds=position.elapsed_s)
         sizes = values["files"]
         wrong = [name for name, size in sizes.items() if (directory / name).stat().st_size != size]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ResumeError(_damaged(directory), [Problem("save.json", f"{type(error).__name__}: {error}")]) from error
     if wrong:
         raise ResumeError(_damaged(directory), [Problem(name, "its size is not the one saved") for name in wrong])
-    return Save(directory, position, identity)
+    return Save(directory, position, identity, spent)
 
 
 def saved_histories(run: Path) -> list[list[dict[str, Any]]]:
