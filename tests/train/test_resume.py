@@ -29,7 +29,7 @@ COMMON: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora_config": {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj", "lm_head"]}},
     "full": {"group_by_length": False},
-    "packed": {"packing": True, "train_batch_size_per_device": 1},
+    "packed": {"packing": True, "train_batch_size_per_device": 1, "trainable": ["layers.*proj", "lm_head"]},
 }
 
 

@@ -1,13 +1,16 @@
 """Whole runs on a tiny base: what is written, that it is what was trained, and that a bad run leaves nothing behind."""
 
 import hashlib
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -200,6 +203,27 @@ def test_full_run_is_loadable_by_transformers_as_it_is(base: Path, tmp_path: Pat
     passport = read_passport(run.checkpoint)
     assert passport is not None
     assert passport.base.weights_sha256 == weights_sha256(base)
+
+
+def test_selective_run_changes_what_its_patterns_name_and_saves_everything(
+    base: Path, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    chosen = options(base, write_rows("rows.jsonl", ROWS), trainable=[r"layers\.1\..*proj"])
+    run = train(chosen, output=tmp_path / "run", console=console)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, run.checkpoint))
+    assert after.keys() == before.keys(), "the checkpoint is whole"
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "layers.1." in name and "proj" in name}
+    told = run.summary["parameters"]
+    assert told["trainable"] == sum(before[name].numel() for name in changed)
+    assert told["total"] == sum(tensor.numel() for tensor in before.values())
+    assert {row["name"] for row in told["modules"] if row["trainable"]} == {
+        *(f"model.layers.*.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"model.layers.*.mlp.{name}_proj" for name in ("gate", "up", "down")),
+    }
+    assert isinstance(console.file, io.StringIO)
+    assert re.search(r"model\.layers\.\*\.mlp\.up_proj +8,192 +16,384 +50\.000%", console.file.getvalue())
 
 
 def test_full_run_of_a_tied_model_stays_tied(tmp_path: Path, write_rows: WriteRows) -> None:

@@ -21,13 +21,13 @@ from loradock_train.errors import ModelError
 from loradock_train.model import (
     Precision,
     add_adapter,
-    count_parameters,
     decide_precision,
     inner_model,
     load_model,
     make_model,
 )
 from loradock_train.packing import can_pack
+from loradock_train.parameters import count_parameters, parameter_lines, select_trainable
 from loradock_train.proof import MAX_PROMPT_TOKENS, probe_logits
 from loradock_train.rows import Rows, read_rows
 from loradock_train.task import Scorer, make_scorer
@@ -80,6 +80,8 @@ def prepare_model(
     base_logits = probe_logits(model, data.probes)
     if config.lora_config is not None:
         model = add_adapter(model, config.lora_config)
+    if config.trainable is not None:
+        select_trainable(model, config.trainable)
     return precision, model, base_logits
 
 
@@ -129,3 +131,5 @@ def announce(
         markup=False,
         highlight=False,
     )
+    for line in parameter_lines(model):
+        console.print(line, markup=False, highlight=False)

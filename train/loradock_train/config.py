@@ -5,11 +5,12 @@ or models. The keys are those of the LoRA-vs-full template this project grew fro
 of `lora_config` alone decides between LoRA and full-parameter training.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from loradock_train.config_sections import LoraOptions, Paths, Section, TokenizerOptions, as_tuple
+from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple
 from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
 
 OPTIMISERS = (
@@ -41,6 +42,12 @@ class TrainConfig(Section):
 
     lora_config: LoraOptions | None = None
     """The adapter. Present: LoRA. Absent: full-parameter training."""
+
+    trainable: Annotated[Names, Field(min_length=1)] | None = None
+    """Which parameters a full-parameter run trains, as a list of regular expressions: each is searched for in the names
+    of the parameters, one that is found is enough, and everything else stays frozen. `(text_model|connector).*proj`:
+    names with text_model or connector, and proj behind it. The checkpoint is whole all the same. Default:
+    everything."""
 
     # ---- data -----------------------------------------------------------------------------------------------------
     train_path: Paths
@@ -223,6 +230,22 @@ class TrainConfig(Section):
             raise ValueError(
                 "tokenizer belongs to model (from scratch); with model_id the model's own tokenizer is used"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _trainable_fits(self) -> Self:
+        if self.trainable is None:
+            return self
+        if self.lora_config is not None:
+            raise ValueError(
+                "trainable belongs to full-parameter training; a LoRA run trains its adapter, whose modules are "
+                "lora_config.target_modules (remove one of the two)"
+            )
+        for pattern in self.trainable:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"trainable: {pattern!r} is no regular expression: {error}") from None
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file
 from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions
 from loradock_train.errors import ModelError
+from loradock_train.parameters import count_parameters as count_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings"})
@@ -33,25 +34,6 @@ class Precision:
     weights: torch.dtype
     arithmetic: Literal["no", "bf16", "fp16"]
     saved: torch.dtype
-
-
-@dataclass(frozen=True)
-class ParameterCount:
-    """How much of the model is trained."""
-
-    trainable: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        """Trainable over total."""
-        return self.trainable / self.total
-
-
-def count_parameters(model: nn.Module) -> ParameterCount:
-    """Parameters by number; tied ones once."""
-    parameters = list(model.parameters())
-    return ParameterCount(sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters))
 
 
 def has_fast_bf16() -> bool:

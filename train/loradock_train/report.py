@@ -19,7 +19,8 @@ from loradock_adapters.vocabulary import Vocabulary, read_vocabulary
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import DataReport
 from loradock_train.encode import stop_token_ids
-from loradock_train.model import Precision, base_directory, count_parameters
+from loradock_train.model import Precision, base_directory
+from loradock_train.parameters import parameter_report
 from loradock_train.proof import Proof
 from loradock_train.scoring import Scored
 
@@ -49,7 +50,6 @@ def summarise(
     notices: list[str],
 ) -> dict[str, Any]:
     """The contents of run.json, but for what is known only after the export."""
-    count = count_parameters(model)
     losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
     exported = outcome.scored.exported_step
     evals = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry and entry["step"] <= exported]
@@ -65,7 +65,7 @@ def summarise(
         "tokens_per_s": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds > 0 else None,
         "final_train_loss": losses[-1] if losses else None,
         "final_eval_loss": evals[-1] if evals else None,
-        "parameters": {"trainable": count.trainable, "total": count.total, "share": count.share},
+        "parameters": parameter_report(model),
         "precision": {
             "weights": str(precision.weights).removeprefix("torch."),
             "arithmetic": precision.arithmetic,
