@@ -41,7 +41,8 @@ def llama_3_8b() -> Any:
         dtype=torch.bfloat16,
     )
     with torch.device("meta"):
-        return LlamaForCausalLM(config).to(torch.bfloat16)  # type: ignore[no-untyped-call]
+        model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    return model.to(torch.bfloat16)
 
 
 def idefics2_8b() -> Any:
@@ -122,7 +123,7 @@ def test_low_rank_of_a_matrix_of_10_000_is_400() -> None:
     """The textbook's case: W of 100 x 100, and A and B of rank 2."""
     model = nn.Sequential(nn.Linear(100, 100, bias=False))
     assert low_rank(model) is None
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))  # type: ignore[arg-type]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))
     found = low_rank(adapted)
     assert found is not None
     assert (found.matrices, found.full, found.low) == (1, 10_000, 400)

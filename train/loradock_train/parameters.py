@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -114,7 +114,7 @@ def low_rank(model: nn.Module) -> LowRank | None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and module.r:
             matrices += 1
-            full += size_of(module.get_base_layer().weight)
+            full += size_of(cast(nn.Parameter, module.get_base_layer().weight))
             low += sum(
                 parameter.numel()
                 for name, parameter in module.named_parameters()
