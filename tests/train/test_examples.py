@@ -1,4 +1,4 @@
-"""Every training config in the repository fits the schema, without a notice."""
+"""Every training config in the repository fits the schema that editors are given, and can be read."""
 
 from pathlib import Path
 

@@ -202,7 +202,9 @@ class TrainConfig(Section):
     """Draw of the machine under load, in watts, for the energy estimate where no counter of the hardware (NVML, RAPL)
     can be read. Default none: then energy is told where it is measured, and nowhere else."""
 
-    report_to: Annotated[tuple[Tracker, ...], BeforeValidator(as_tuple)] = ()
+    report_to: Annotated[
+        tuple[Tracker, ...], BeforeValidator(as_tuple, json_schema_input_type=Tracker | tuple[Tracker, ...])
+    ] = ()
     """Where the lines of metrics.jsonl go as well: tensorboard, wandb, mlflow; one or a list. Default nowhere."""
 
     license: str | None = Field(default=None, max_length=200)

@@ -19,7 +19,9 @@ def list_as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1)]
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(as_tuple, json_schema_input_type=str | tuple[str, ...]), Field(min_length=1)
+]
 Names = Annotated[tuple[str, ...], BeforeValidator(list_as_tuple)]
 
 

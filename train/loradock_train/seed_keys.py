@@ -41,6 +41,7 @@ SPECIAL = (
     "save_strategy",
     "gradient_checkpointing_kwargs",
 )
+BOOLEANS = frozenset({"flash_attention_2", "fp16", "bf16"})
 OLD_KEYS = frozenset({*RENAMED, *UNUSED, *SPECIAL})
 
 

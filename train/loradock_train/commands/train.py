@@ -10,6 +10,15 @@ from typing import Annotated
 import typer
 
 
+def _print_schema(wanted: bool) -> None:
+    if wanted:
+        from loradock_adapters.console import out_json
+        from loradock_train.schema import train_schema
+
+        out_json(train_schema())
+        raise typer.Exit
+
+
 def train(
     config: Annotated[Path, typer.Argument(help="The YAML that describes the run.", show_default=False)],
     set_: Annotated[
@@ -19,6 +28,12 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
+    _schema: Annotated[
+        bool,
+        typer.Option(
+            "--schema", help="Print the JSON Schema of a config, for editors.", callback=_print_schema, is_eager=True
+        ),
+    ] = False,
 ) -> None:
     """Train a LoRA adapter, a full fine-tune, or a model from scratch."""
     from loradock_train.config_file import load_config
