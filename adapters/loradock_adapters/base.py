@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,26 @@ class BaseModel:
     @property
     def embedding_modules(self) -> frozenset[str]:
         return frozenset(name for name in self.modules if is_embedding(name))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a client needs to have an adapter judged for this base without having it."""
+        return {
+            "model_id": self.model_id,
+            "config": dict(self.config),
+            "modules": {module: list(shape) for module, shape in self.modules.items()},
+            "tensor_names": sorted(self.tensor_names),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any], weights: str | None = None) -> "BaseModel":
+        """From a server's answer; `weights` goes where the weights' hash does. Raises ValueError for what is none."""
+        config, modules, names = (document.get(key) for key in ("config", "modules", "tensor_names"))
+        if not isinstance(config, dict) or not isinstance(modules, dict) or not isinstance(names, list):
+            raise ValueError("the answer describes no base")
+        model_id = document.get("model_id")
+        derived = base_from(config, model_id=model_id if isinstance(model_id, str) else None, weights_sha256=weights)
+        shapes = {str(module): (int(shape[0]), int(shape[1])) for module, shape in modules.items()}
+        return replace(derived, modules=shapes, exact=bool(names), tensor_names=frozenset(map(str, names)))
 
 
 def is_embedding(module: str) -> bool:

@@ -161,5 +161,9 @@ class Client:
         """What the server would choose for itself at its next start, and what runs now."""
         return self._json("GET", "/v1/plan")
 
+    def base(self) -> dict[str, Any]:
+        """The base that the server serves, and the limits of its engine, as far as adapters depend on them."""
+        return self._json("GET", "/v1/base")
+
     def _json(self, method: str, path: str, json: object = None) -> dict[str, Any]:
         return self._connection.json(method, path, json)

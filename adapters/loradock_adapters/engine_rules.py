@@ -45,6 +45,18 @@ class EngineLimits:
     enable_lora: bool = True
     """False where the base engine runs without LoRA: then nothing is shared."""
 
+    def to_json(self) -> dict[str, Any]:
+        return {"max_lora_rank": self.max_lora_rank, "enable_lora": self.enable_lora}
+
+    @classmethod
+    def from_json(cls, document: object) -> "EngineLimits":
+        """From a server's answer. Raises ValueError where that does not say."""
+        rank = document.get("max_lora_rank") if isinstance(document, dict) else None
+        lora = document.get("enable_lora") if isinstance(document, dict) else None
+        if type(rank) is not int or not isinstance(lora, bool):
+            raise ValueError(f"no engine's limits: {ascii(document)[:120]}")
+        return cls(rank, lora)
+
 
 @dataclass(frozen=True, slots=True)
 class ArchitectureRules:

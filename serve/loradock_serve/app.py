@@ -26,6 +26,7 @@ from loradock_serve.adapter_gauges import AdapterGauges
 from loradock_serve.adapters_routes import adapters_router
 from loradock_serve.auth import Doorkeeper, behind_proxies
 from loradock_serve.base import ServedBase, WeightsHash, find_base
+from loradock_serve.base_routes import base_router
 from loradock_serve.blobs_routes import blobs_router
 from loradock_serve.cache_keeper import CacheKeeper
 from loradock_serve.catalog import Catalog
@@ -367,6 +368,7 @@ def _application(
     app.include_router(gc_router(care.collector))
     app.include_router(pointers_router(catalog, pointers, states))
     app.include_router(pins_router(care.pins, states))
+    app.include_router(base_router(publisher.describe_base))
     app.include_router(plan_router(care.plan, care.running, care.traffic.write))
     app.include_router(ops_router(fleet, AdapterGauges(registry, catalog, care.residency), care.turnstiles))
 

@@ -140,6 +140,11 @@ class Publisher:
         options = Options.of(document, publisher)
         return await self.publish_manifest(name, Manifest.from_json(document), options)
 
+    def describe_base(self) -> dict[str, Any]:
+        """What the gate goes by here, as the HTTP API answers it."""
+        told = {"name": self._identity.name, "identity": self._identity.to_json(), "limits": self._limits.to_json()}
+        return told | self._base.to_json()
+
     def check_name(self, name: str) -> None:
         """Raises InvalidNameError or ConflictError where nothing can be published under `name`."""
         check_name(name)

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from loradock_adapters.base import BaseModel
+from loradock_adapters.base_identity import BaseIdentity
+from loradock_adapters.engine_rules import EngineLimits
 from loradock_serve import metrics
 from loradock_serve.process import EngineProcess
 from loradock_testing.engines import fake_command
@@ -100,6 +103,16 @@ async def test_attached_engine_runs_with_nothing_that_was_planned_here(
         document = (await served.client.get("/v1/plan")).json()
     assert document["plan"]["max_loras"] > 0
     assert document["running"] is None
+
+
+async def test_base_route_says_what_adapters_are_judged_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, monkeypatch) as served:
+        document = (await served.client.get("/v1/base")).json()
+    facts = BaseModel.from_json(document)
+    assert facts.modules
+    assert facts.to_json() == {key: document[key] for key in ("model_id", "config", "modules", "tensor_names")}
+    assert EngineLimits.from_json(document["limits"]).enable_lora
+    assert BaseIdentity.from_json(document["identity"]) is not None
 
 
 async def test_attached_engine_serves_and_health_follows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loradock_train.config import TrainConfig
-from loradock_train.config_sections import LoraOptions
 from loradock_train.dataset import DataReport, build_dataset
 from loradock_train.encode import Encoder
 from loradock_train.errors import ModelError
@@ -83,23 +82,6 @@ def prepare_model(
     if config.trainable is not None:
         select_trainable(model, config.trainable)
     return precision, model, base_logits
-
-
-def placement_notices(options: LoraOptions) -> list[str]:
-    wants = [
-        text
-        for text, is_set in (
-            ("modules_to_save", bool(options.modules_to_save)),
-            ("use_dora", options.use_dora),
-            (f"bias: {options.bias}", options.bias != "none"),
-        )
-        if is_set
-    ]
-    return (
-        [f"lora_config has {', '.join(wants)}: it will be served by a dedicated engine, not hot-swapped"]
-        if wants
-        else []
-    )
 
 
 def check_packing(model: nn.Module, data: RunData, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -52,24 +52,35 @@ def _sync(path: Path) -> None:
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype) -> None:
     """adapter_config.json, adapter_model.safetensors and the chat template.
 
-    PEFT keeps A and B in float32 over a bf16 base, and adds whole base matrices when the embedding or the head is a
-    target: tensors are cast here, and base matrices are left out (and looked for: one of them would make 46 MB of an
-    8B's adapter 2.2 GB). The tokenizer stays with the base; the passport names it by its hash.
+    PEFT keeps A and B in float32 over a bf16 base: tensors are cast here. The tokenizer stays with the base; the
+    passport names it by its hash.
     """
-    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
-    strays = [name for name in state if ".base_layer." in name]
-    if strays:
-        raise TrainError(f"base matrices among the adapter's tensors, which must not be: {', '.join(strays[:3])}")
-    tensors = {name: _cast(tensor, dtype) for name, tensor in sorted(state.items())}
+    tensors = {name: _cast(tensor, dtype) for name, tensor in adapter_tensors(model).items()}
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    options = model.peft_config["default"]
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in options.to_dict().items()}
-    values.update(
-        inference_mode=True, base_model_name_or_path=str(model.peft_config["default"].base_model_name_or_path)
-    )
-    _write_json(directory / "adapter_config.json", values)
+    _write_json(directory / "adapter_config.json", adapter_settings(model))
     if isinstance(tokenizer.chat_template, str):
         (directory / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """What an adapter's file holds, by name.
+
+    PEFT adds whole base matrices when the embedding or the head is a target. They are left out (and looked for: one of
+    them would make 46 MB of an 8B's adapter 2.2 GB).
+    """
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    strays = [name for name in state if ".base_layer." in name and not name.endswith(".bias")]
+    if strays:
+        raise TrainError(f"base matrices among the adapter's tensors, which must not be: {', '.join(strays[:3])}")
+    return dict(sorted(state.items()))
+
+
+def adapter_settings(model: PeftModel) -> dict[str, Any]:
+    """The contents of adapter_config.json."""
+    options = model.peft_config["default"]
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in options.to_dict().items()}
+    values.update(inference_mode=True, base_model_name_or_path=str(options.base_model_name_or_path))
+    return values
 
 
 def save_full(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, dtype: torch.dtype) -> None:

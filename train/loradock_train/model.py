@@ -73,19 +73,21 @@ def base_config(config: TrainConfig) -> Any:
         raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error
 
 
+def base_files(model_id: str) -> Path | None:
+    """Where the config of a base lies, a hub model's in the local cache; None where it is not there."""
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    found = cached_file(
+        model_id, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    return None if found is None else Path(found).parent
+
+
 def base_directory(model_id: str) -> Path | None:
     """Where the weights of a base lie, a hub model's in the local cache; None where it has no safetensors files."""
-    if Path(model_id).is_dir():
-        directory = Path(model_id)
-    else:
-        found = cached_file(
-            model_id, "config.json", local_files_only=True, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-        )  # fmt: skip
-        if found is None:
-            return None
-        directory = Path(found).parent
-    return directory if any(directory.glob("*.safetensors")) else None
+    directory = base_files(model_id)
+    return directory if directory is not None and any(directory.glob("*.safetensors")) else None
 
 
 def check_machine(config: TrainConfig) -> None:

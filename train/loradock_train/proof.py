@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -74,6 +75,8 @@ def probe_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
 def reload_logits(model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Tensor:
     """The same from the files of the checkpoint. An adapter is loaded over the base that is in memory anyway."""
     if isinstance(model, PeftModel):
+        if getattr(model.peft_config["default"], "bias", "none") != "none":
+            return _reload_in_place(model, checkpoint, prompts)
         model.load_adapter(str(checkpoint), adapter_name=PROOF_ADAPTER)
         model.set_adapter(PROOF_ADAPTER)
         try:
@@ -85,6 +88,21 @@ def reload_logits(model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence
     loaded: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=parameter.dtype)
     loaded.to(parameter.device)
     return probe_logits(loaded, prompts)
+
+
+def _reload_in_place(model: PeftModel, checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """For trained biases, which are the base's own: there is no room for a second adapter's. What was trained gives way
+    to zeros and the files' tensors, and comes back afterwards."""
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    kept = {name: tensor.detach().clone() for name, tensor in state.items()}
+    with torch.no_grad():
+        for tensor in state.values():
+            tensor.zero_()
+    try:
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        return probe_logits(model, prompts)
+    finally:
+        set_peft_model_state_dict(model, kept)
 
 
 def prove(

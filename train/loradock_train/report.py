@@ -88,7 +88,7 @@ def make_passport(
     source = config.model_id
     directory = None if source is None else base_directory(source)
     weights = None if directory is None else weights_sha256(directory)
-    vocabulary = _vocabulary(tokenizer, directory)
+    vocabulary = vocabulary_of(tokenizer, directory)
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
     name = source if source is not None else f"scratch/{(config.model or {}).get('model_type')}"
     return Passport(
@@ -110,7 +110,7 @@ def make_passport(
     )
 
 
-def _vocabulary(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> Vocabulary | None:
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase, base: Path | None) -> Vocabulary | None:
     """Of the base's own tokenizer.json where the run's tokenizer is that one, so that its hash is the file's; else of
     the file as it is saved; None for a tokenizer that has no such file."""
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from loradock_adapters.errors import UsageError
 from loradock_train.after import export, write_text
-from loradock_train.before import announce, check_packing, load_data, placement_notices, prepare_model
+from loradock_train.before import announce, check_packing, load_data, prepare_model
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.cost import SpendMeter, cost_of, told
@@ -34,6 +34,7 @@ from loradock_train.model import (
     check_base,
     check_machine,
 )
+from loradock_train.placement import foretell
 from loradock_train.plot import plot_loss
 from loradock_train.proof import Proof, probe_logits
 from loradock_train.report import summarise, versions
@@ -115,8 +116,7 @@ def train(
     if save is not None:
         notices.extend(check_same(save, identity))
     precision, model, base_logits = prepare_model(config, architecture, tokenizer, data)
-    if config.lora_config is not None:
-        notices.extend(placement_notices(config.lora_config))
+    notices.append(foretell(model, tokenizer, config.model_id, precision.saved).line())
 
     check_packing(model, data, tokenizer)
     if save is not None:

@@ -41,6 +41,7 @@ class State:
     residency: dict[str, Any] | None = None
     """What every model shows of where it is."""
     plan: dict[str, Any] | None = None
+    base: dict[str, Any] | None = None
     answer: tuple[int, Any] | None = None
     """Stands in for the answer to every POST."""
     forget_blobs_once: bool = False
@@ -108,6 +109,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, {"object": "list", "data": [self._row(name) for name in self.shared.versions]})
         elif self.path == "/v1/plan":
             self._send(200, self.shared.plan)
+        elif self.path == "/v1/base":
+            self._send(200, self.shared.base)
         elif self._last in self.shared.versions:
             whole = {"rank": 4, "reasons": [], "versions": self._history(self._last)}
             self._send(200, self._row(self._last) | whole | {"residency": self.shared.residency})
