@@ -19,6 +19,7 @@ from loradock_train.model import (
     check_base,
     decide_precision,
 )
+from loradock_train.parameters import select_trainable
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,8 @@ def blueprint(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Bluepr
     with torch.device("meta"):
         model: Any = cast(Any, AutoModelForCausalLM).from_config(architecture, dtype=precision.weights)
         model.config._name_or_path = str(config.model_id)
-        return Blueprint(model if config.lora_config is None else add_adapter(model, config.lora_config), precision)
+        if config.lora_config is not None:
+            model = add_adapter(model, config.lora_config)
+    if config.trainable is not None:
+        select_trainable(model, config.trainable)
+    return Blueprint(model, precision)

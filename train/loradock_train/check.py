@@ -24,7 +24,8 @@ from loradock_train.dataset import DataReport
 from loradock_train.doctor import Examination, examine
 from loradock_train.encode import Encoder
 from loradock_train.errors import ConfigError, DataError, ModelError, Problem
-from loradock_train.model import EMBEDDING_NAMES, ParameterCount, check_machine, count_parameters
+from loradock_train.model import EMBEDDING_NAMES, check_machine
+from loradock_train.parameters import ParameterCount, count_parameters
 from loradock_train.placement import DEFAULT_TARGET, Forecast, Target, foretell
 from loradock_train.rewrite import Change, advise_rank, propose, untie
 from loradock_train.rows import Rows, read_rows
