@@ -174,8 +174,10 @@ def test_lora_key_at_the_top_is_told_where_it_belongs(tmp_path: Path) -> None:
         ("lora_config: {r: 0}", "lora_config.r: must be greater than or equal to 1, got 0"),
         (
             "lora_config: {target_modules: q_proj}",
-            "1 problem:\n  line 3, lora_config.target_modules: must be a list, got 'q_proj'; or must be 'all-linear'",
+            "1 problem:\n  line 3, lora_config.target_modules: must be a list, got 'q_proj'; or must be 'all-linear' "
+            "or a regular expression; for all modules of a name write [q_proj]",
         ),
+        ("lora_config: {target_modules: '.*(q_proj'}", "a regular expression: missing ), unterminated"),
         (
             "lora_config: {target_modules: []}",
             "lora_config.target_modules: Value should have at least 1 item after validation, not 0; or must be",

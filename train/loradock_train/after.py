@@ -39,7 +39,9 @@ def export(
             save_adapter(model, tokenizer, temporary, precision.saved)
         else:
             save_full(model, tokenizer, temporary, precision.saved)
-        reloaded = reload_logits(model, temporary, data.probes)
+            if data.processor is not None:
+                data.processor.save_pretrained(str(temporary))
+        reloaded = reload_logits(model, temporary, data.probes, data.probe_pixels)
         proofs.append(
             prove(
                 data.probes,
@@ -49,6 +51,7 @@ def export(
                 precision.saved,
                 config.kind,
                 next(inner_model(model).parameters()).dtype,
+                data.probe_pixels.keys(),
             )
         )
         write_passport(temporary, make_passport(config, tokenizer, data.splits["train"].sha256, summary, proofs[0]))

@@ -4,7 +4,7 @@ Writes nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
@@ -27,10 +27,11 @@ from loradock_train.model import (
 )
 from loradock_train.packing import can_pack
 from loradock_train.parameters import count_parameters, parameter_lines, select_trainable
-from loradock_train.proof import MAX_PROMPT_TOKENS, probe_logits
+from loradock_train.proof import probe_logits
 from loradock_train.rows import Rows, read_rows
 from loradock_train.task import Scorer, make_scorer
 from loradock_train.task_rows import check_answers
+from loradock_train.vision import check_images, make_encoder, probes_of
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,19 @@ class RunData:
     valid: datasets.Dataset | None
     reports: dict[str, DataReport]
     probes: list[list[int]]
+    encoder: Encoder
+    processor: Any = None
+    """Of a model that sees."""
+    probe_pixels: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """What the model gets beside the probes that show an image, by their numbers."""
     scorer: Scorer | None = None
     """Of the run's task."""
 
 
-def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> RunData:
-    packing = config.packing if config.packing is not None else rows.format == "text"
-    encoder = Encoder(tokenizer, config.append_eos, config.prompt_template)
+def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, processor: Any = None) -> RunData:
+    packing = config.packing if config.packing is not None else rows.format == "text" and processor is None
+    encoder = make_encoder(config, tokenizer, processor)
+    check_images(encoder, rows, packing, config.task is not None)
     options = (encoder, config.context_length, config.on_long_rows, packing)
     train_set, report = build_dataset(rows, *options, "train_path")
     reports = {"train": report}
@@ -57,14 +64,14 @@ def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBas
         valid_rows = read_rows(config.valid_path, rows.format, "valid_path")
         valid_set, reports["valid"] = build_dataset(valid_rows, *options, "valid_path")
     probed = (valid_rows if valid_rows is not None else rows).rows[: config.num_probe_prompts]
-    probes = [encoder.prompt_ids(row, rows.format)[:MAX_PROMPT_TOKENS] for row in probed]
+    probes, pixels = probes_of(encoder, probed, rows.format)
     splits = {"train": rows} if valid_rows is None else {"train": rows, "valid": valid_rows}
     scorer = None
     if config.task is not None and valid_rows is not None:
         for key, each in (("train_path", rows), ("valid_path", valid_rows)):
             check_answers(each, config.task, key)
         scorer = make_scorer(config, valid_rows, encoder, tokenizer)
-    return RunData(splits, train_set, valid_set, reports, probes, scorer)
+    return RunData(splits, train_set, valid_set, reports, probes, encoder, processor, pixels, scorer)
 
 
 def prepare_model(
@@ -76,7 +83,7 @@ def prepare_model(
     model: Any = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
     if torch.cuda.is_available():
         model.to("cuda")
-    base_logits = probe_logits(model, data.probes)
+    base_logits = probe_logits(model, data.probes, data.probe_pixels)
     if config.lora_config is not None:
         model = add_adapter(model, config.lora_config)
     if config.trainable is not None:

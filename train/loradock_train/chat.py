@@ -7,6 +7,8 @@ import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from loradock_train.images import check_number, check_parts
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Values = dict[str, Any]
@@ -49,8 +51,11 @@ def _new_message(message: Any) -> Any:
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_chat(values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a row to learn from. One in the old shape is looked at as it will be read, with tools."""
+def check_chat(values: Mapping[str, Any], file: str | None = None) -> Iterator[str]:
+    """What is wrong with a row to learn from. One in the old shape is looked at as it will be read, with tools.
+
+    file: where the row stands, which its images lie beside.
+    """
     if has_functions(values):
         values = functions_as_tools(values)
     messages = values.get("messages")
@@ -58,7 +63,9 @@ def check_chat(values: Mapping[str, Any]) -> Iterator[str]:
         yield "missing key 'messages'" if messages is None else "'messages' must be a non-empty list"
         return
     yield from check_tools(values)
-    yield from check_messages(messages, "messages", tool_names(values), values.get("parallel_tool_calls") is not False)
+    parallel = values.get("parallel_tool_calls") is not False
+    yield from check_messages(messages, "messages", tool_names(values), parallel, file)
+    yield from check_number(messages)
     learnt = any(m.get("role") == "assistant" and m.get("weight", 1) == 1 for m in messages if isinstance(m, dict))
     if not learnt:
         yield "Example has no assistant message to learn from (at least one with weight 1 is needed)"
@@ -128,9 +135,14 @@ def _check_name(function: Values, place: str) -> Iterator[str]:
 
 
 def check_messages(
-    messages: Sequence[Any], key: str, tools: Sequence[str] | None, allows_parallel: bool = True
+    messages: Sequence[Any],
+    key: str,
+    tools: Sequence[str] | None,
+    allows_parallel: bool = True,
+    file: str | None = None,
 ) -> Iterator[str]:
-    """What is wrong with each message. `tools`: the names that may be called; None: any."""
+    """What is wrong with each message. `tools`: the names that may be called; None: any. `file`: what images lie
+    beside; None: there may be none."""
     open_ids: set[Any] | None = None  # of the calls that tool messages here may answer
     for index, message in enumerate(messages):
         place = f"{key}[{index}]"
@@ -140,7 +152,7 @@ def check_messages(
         role, calls = message.get("role"), message.get("tool_calls")
         if role not in ROLES:
             yield f"{place}: invalid role {role!r}; expected one of {', '.join(ROLES)}"
-        yield from _check_content(message, place)
+        yield from _check_content(message, place, file)
         yield from _check_weight(message, place)
         if calls is not None and role != "assistant":
             yield f"{place}: 'tool_calls' belong to assistant messages only"
@@ -152,9 +164,12 @@ def check_messages(
             open_ids = {call.get("id") for call in calls if isinstance(call, dict)} if isinstance(calls, list) else None
 
 
-def _check_content(message: Values, place: str) -> Iterator[str]:
+def _check_content(message: Values, place: str, file: str | None) -> Iterator[str]:
     """Only an assistant that calls a tool may say nothing."""
     content = message.get("content")
+    if isinstance(content, list):
+        yield from check_parts(content, message.get("role"), place, file)
+        return
     has_calls = message.get("role") == "assistant" and bool(message.get("tool_calls"))
     if not isinstance(content, str) and not (content is None and has_calls):
         yield f"{place}: missing or non-string 'content'"

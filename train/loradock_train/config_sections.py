@@ -3,9 +3,10 @@
 Knows keys, units, defaults and bounds; config.py puts them together.
 """
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 def as_tuple(value: Any) -> Any:
@@ -23,6 +24,20 @@ Paths = Annotated[
     tuple[str, ...], BeforeValidator(as_tuple, json_schema_input_type=str | tuple[str, ...]), Field(min_length=1)
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(list_as_tuple)]
+
+
+def as_pattern(value: str) -> str:
+    """`all-linear`, or a regular expression; a bare name is neither, and was meant as a list of one."""
+    if value != "all-linear" and re.fullmatch(r"\w+", value):
+        raise ValueError(f"must be 'all-linear' or a regular expression; for all modules of a name write [{value}]")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"must be 'all-linear' or a regular expression: {error}") from None
+    return value
+
+
+Pattern = Annotated[str, AfterValidator(as_pattern)]
 
 
 class Section(BaseModel):
@@ -43,9 +58,9 @@ class LoraOptions(Section):
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs dropped during training, 0 up to 1. Default 0."""
 
-    target_modules: Annotated[Names, Field(min_length=1)] | Literal["all-linear"] = "all-linear"
-    """Names of the modules that get an adapter, or `all-linear`: every linear layer but the head. `embed_tokens` and
-    `lm_head` may be named."""
+    target_modules: Annotated[Names, Field(min_length=1)] | Pattern = "all-linear"
+    """A list of names of the modules that get an adapter, or `all-linear`: every linear layer but the head.
+    `embed_tokens` and `lm_head` may be named. Any other text is a regular expression that the whole name must match."""
 
     exclude_modules: Names = ()
     """Names that are left out although `target_modules` matches them. Default none."""

@@ -5,7 +5,7 @@ Also the collator, which pads a batch to its own longest row. Knows nothing of m
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import datasets  # type: ignore[import-untyped]
@@ -119,8 +119,16 @@ def _fit(
             dropped += 1
         else:
             truncated += 1
-            cut = Example(example.input_ids[:context_length], example.labels[:context_length])
-            if not cut.num_trained_tokens:
+            cut = replace(example, input_ids=example.input_ids[:context_length], labels=example.labels[:context_length])
+            if example.images_end > context_length:
+                problems.append(
+                    Problem(
+                        row.where,
+                        f"cut to context_length {context_length}, half an image would be left ({num_tokens} tokens, "
+                        f"of which images take up to {example.images_end}); raise it, or set on_long_rows: drop",
+                    )
+                )
+            elif not cut.num_trained_tokens:
                 problems.append(
                     Problem(
                         row.where,
@@ -143,6 +151,8 @@ def _as_dataset(examples: Sequence[Example], positions: Sequence[Sequence[int]] 
         "labels": [np.asarray(example.labels, dtype=np.int32) for example in examples],
         "length": [len(example.input_ids) for example in examples],
     }
+    if any(example.images for example in examples):
+        columns["images"] = [list(example.images) for example in examples]
     if positions is not None:
         columns["position_ids"] = [np.asarray(row, dtype=np.int32) for row in positions]
     dataset = datasets.Dataset.from_dict(columns)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from loradock_train.chat import as_served
 from loradock_train.errors import DataError, Problem
+from loradock_train.images import flat
 from loradock_train.rows import Format, Row
 
 IGNORED = -100
@@ -41,6 +42,10 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
+    images: tuple[str, ...] = ()
+    """Where its images are, in order."""
+    images_end: int = 0
+    """The place after its last image token: a row cut before it would show half an image."""
 
     @property
     def num_trained_tokens(self) -> int:
@@ -107,6 +112,7 @@ class Encoder:
         turns (some drop earlier reasoning) would train on text that the server never shows the model.
         """
         messages, tools = as_served(row.values)
+        messages = [self._message(message) for message in messages]
         whole = self._render(messages, tools, generation=False, row=row)
         turns: list[tuple[int, int]] = []  # where in the text an answer begins, and where its turn ends
         for index, message in enumerate(row.values["messages"]):
@@ -156,11 +162,19 @@ class Encoder:
         """Tokens after which an answer is over, for this tokenizer and template."""
         return frozenset(stop_token_ids(self.tokenizer))
 
+    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message as the chat template gets it."""
+        return flat(message)
+
+    def _renderer(self) -> Any:
+        """What has the chat template."""
+        return self.tokenizer
+
     def _render(self, messages: Sequence[dict[str, Any]], tools: Any, generation: bool, row: Row) -> str:
         if not messages and not generation:
             return ""
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            text: str = self._renderer().apply_chat_template(
                 list(messages), tools=tools, add_generation_prompt=generation, tokenize=False
             )
             return text

@@ -27,6 +27,7 @@ from loradock_train.scoring import Scoring
 from loradock_train.stop import Saver, StopRequest
 from loradock_train.tokenizer import padding_id
 from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
+from loradock_train.vision import VisionCollator, loss_sample
 
 
 def fit(
@@ -42,8 +43,12 @@ def fit(
 ) -> Outcome:
     """Train to the end. Raises RunStopped where a signal ends it earlier."""
     width_tokens = config.context_length if config.padding == "max_length" else None
-    collate = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
-    use_own = can_own_loss(inner_model(model), torch.as_tensor(data.train[0]["input_ids"]).to(model.device))
+    collate: Any = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
+    if data.processor is not None:
+        collate = VisionCollator(collate, data.processor.image_processor)
+    ids, pixels = loss_sample(data.train, data.processor)
+    pixels = {name: value.to(model.device) for name, value in pixels.items()}
+    use_own = can_own_loss(inner_model(model), ids.to(model.device), pixels)
     length = length_of(config, len(data.train), num_devices=1)
     meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)
     history = [] if save is None else save.position.history

@@ -12,7 +12,7 @@ keep their own forward. Legend: N tokens with a label, D hidden size, V vocabula
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -116,10 +116,14 @@ def cross_entropy_sum(hidden: Tensor, targets: Tensor, head: nn.Module) -> Tenso
     return cast(Tensor, cast(Any, _ChunkedCrossEntropy).apply(hidden, targets, head, chunk, *weights))
 
 
+def _decoder(model: nn.Module, with_pixels: bool) -> Any:
+    """What makes the hidden states: the language model, or where there are pixels all that lies below the head."""
+    return cast(Any, model).base_model if with_pixels else cast(Any, model).get_decoder()
+
+
 def _forward(model: nn.Module) -> Callable[..., CausalLMOutputWithPast]:
     """A causal LM's forward that computes the loss of the labelled tokens and no logits."""
-    causal = cast(Any, model)
-    decoder, head = causal.get_decoder(), causal.get_output_embeddings()
+    head = cast(Any, model).get_output_embeddings()
 
     def forward(
         input_ids: Tensor,
@@ -127,9 +131,11 @@ def _forward(model: nn.Module) -> Callable[..., CausalLMOutputWithPast]:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
-        where = {} if position_ids is None else {"position_ids": position_ids}
+        where = {name: value for name, value in others.items() if isinstance(value, Tensor)}  # an image's pixels
+        decoder = _decoder(model, bool(where))
+        where |= {} if position_ids is None else {"position_ids": position_ids}
         hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **where).last_hidden_state
         learnt = labels[:, 1:] != IGNORED  # B, T-1: position t predicts token t+1
         states, targets = hidden[:, :-1][learnt], labels[:, 1:][learnt]  # N, D; N
@@ -140,18 +146,20 @@ def _forward(model: nn.Module) -> Callable[..., CausalLMOutputWithPast]:
     return forward
 
 
-def can_own_loss(model: nn.Module, row: Tensor) -> bool:
+def can_own_loss(model: nn.Module, row: Tensor, pixels: Mapping[str, Tensor] | None = None) -> bool:
     """Whether our loss equals the model's own on some tokens: the proof that logits are head(hidden) and nothing more.
 
     row: token ids, of which the first few are used, since the model's own way holds all logits at once.
+    pixels: what belongs to the images of the row, which is then used whole.
     """
-    ids = row[None, :CHECKED_TOKENS].long()  # 1, T
-    batch = {"input_ids": ids, "labels": ids}
+    ids = row[None, :].long() if pixels else row[None, :CHECKED_TOKENS].long()  # 1, T
+    batch = {"input_ids": ids, "labels": ids, **(pixels or {})}
     causal = cast(Any, model)
     head = causal.get_output_embeddings()
     if head is None or not hasattr(head, "weight") or not hasattr(causal, "get_decoder"):
         return False
-    if "input_ids" not in inspect.signature(causal.get_decoder().forward).parameters:
+    taken = inspect.signature(_decoder(model, bool(pixels)).forward).parameters
+    if not {"input_ids", *(pixels or {})} <= set(taken):
         return False
     was_training = model.training
     model.eval()

@@ -4,7 +4,9 @@ Knows nothing of data, and does not train.
 """
 
 import difflib
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +15,12 @@ from typing import Any, Literal, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils.hub import cached_file
 
 from loradock_train.config import TrainConfig
@@ -113,13 +118,23 @@ def check_base(architecture: Any, vocabulary: int, context_length: int) -> None:
         raise ModelError(f"the tokenizer has {vocabulary} entries, but the model's embedding only {rows} rows")
 
 
+def sees(architecture: Any) -> bool:
+    """Whether a transformers config is that of a model of images and text."""
+    return getattr(architecture, "model_type", None) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
+def auto_class(architecture: Any) -> Any:
+    """What loads a model of this config."""
+    return AutoModelForImageTextToText if sees(architecture) else AutoModelForCausalLM
+
+
 def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
     """The model of `model_id`, weights in `precision.weights`. Raises ModelError."""
     options: dict[str, Any] = (
         {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
     )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(base_config(config)).from_pretrained(
             str(config.model_id), dtype=precision.weights, trust_remote_code=False, **options
         )
     except (OSError, ValueError, ImportError) as error:
@@ -183,9 +198,12 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
 
 
 def _check_targets(model: PreTrainedModel, options: LoraOptions) -> None:
-    if isinstance(options.target_modules, str):
-        return
     names = [name for name, _ in model.named_modules()]
+    if options.target_modules == "all-linear":
+        return
+    if isinstance(options.target_modules, str):
+        _check_pattern(names, options.target_modules)
+        return
     for target in options.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             leaves = sorted(
@@ -200,6 +218,15 @@ def _check_targets(model: PreTrainedModel, options: LoraOptions) -> None:
             f"lora_config.target_modules: {', '.join(sorted(both))} cannot be adapted here: the embedding and head "
             "of this model are one tied matrix (tie_word_embeddings), an adapter on one would leave the other as is; "
             "remove them from target_modules"
+        )
+
+
+def _check_pattern(names: Sequence[str], pattern: str) -> None:
+    """A pattern must match the whole of some name, as PEFT asks."""
+    if not any(re.fullmatch(pattern, name) for name in names):
+        raise ModelError(
+            f"lora_config.target_modules: {pattern!r} is a regular expression, and matches no module's whole name; "
+            f"one of them is {names[-1]}"
         )
 
 

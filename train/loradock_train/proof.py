@@ -4,23 +4,25 @@ The next-token logits of a few prompts, four times: base, trained model, checkpo
 adapter that does nothing is the most common complaint about LoRA serving, and it is found here in seconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from loradock_adapters.probe import Probe, ProbePrompt, ProbeToken
 from loradock_train.errors import ProofError
+from loradock_train.model import auto_class
 
 MAX_PROMPT_TOKENS = 256
 TOP = 8
 PROOF_ADAPTER = "proof"
+Pixels: TypeAlias = Mapping[int, Mapping[str, Tensor]]
+"""By the number of a prompt that shows an image: what the model gets beside its tokens."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,19 @@ class Proof:
     """Of the saved weights."""
     computed_in: str
     """Of the weights in memory, with which the logits were computed."""
+    pictured: frozenset[int] = frozenset()
+    """Numbers of the prompts that show an image."""
 
     def passport_entry(self) -> Probe:
         """The `probe` of the passport: each prompt's best tokens, by the checkpoint as it is on disk and by its base.
 
         The server compares its engine's answers with both: from the base's it learns how much of a difference is
-        rounding.
+        rounding. Prompts with images stay here: tokens alone do not show one.
         """
         prompts = tuple(
             ProbePrompt(prompt_token_ids=prompt, top=_best(logits), base_top=_best(base))
-            for prompt, logits, base in zip(self.prompts, self.reloaded, self.base, strict=True)
+            for number, (prompt, logits, base) in enumerate(zip(self.prompts, self.reloaded, self.base, strict=True))
+            if number not in self.pictured
         )
         differences = {"reloaded": self.reloaded_difference, "base": self.base_difference}
         return Probe(dtype=self.dtype, computed_in=self.computed_in, prompts=prompts, max_logit_difference=differences)
@@ -58,21 +63,24 @@ def _best(logits: Tensor) -> tuple[ProbeToken, ...]:
     return tuple(ProbeToken(id=i, logit=round(float(logits[i]), 5), logprob=round(float(logs[i]), 5)) for i in best)
 
 
-def probe_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
+def probe_logits(model: nn.Module, prompts: Sequence[Sequence[int]], pixels: Pixels | None = None) -> Tensor:
     """Next-token logits of each prompt, float32, on the CPU. Returns (prompts, V)."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
+    rows: list[Tensor] = []
     with torch.no_grad():
-        rows = [
-            model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=False).logits[0, -1].float().cpu()
-            for prompt in prompts
-        ]
+        for number, prompt in enumerate(prompts):
+            beside = {name: value.to(device) for name, value in (pixels or {}).get(number, {}).items()}
+            answer = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=False, **beside)
+            rows.append(answer.logits[0, -1].float().cpu())
     model.train(was_training)
     return torch.stack(rows)
 
 
-def reload_logits(model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Tensor:
+def reload_logits(
+    model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence[int]], pixels: Pixels | None = None
+) -> Tensor:
     """The same from the files of the checkpoint. An adapter is loaded over the base that is in memory anyway."""
     if isinstance(model, PeftModel):
         if getattr(model.peft_config["default"], "bias", "none") != "none":
@@ -80,14 +88,15 @@ def reload_logits(model: nn.Module, checkpoint: Path, prompts: Sequence[Sequence
         model.load_adapter(str(checkpoint), adapter_name=PROOF_ADAPTER)
         model.set_adapter(PROOF_ADAPTER)
         try:
-            return probe_logits(model, prompts)
+            return probe_logits(model, prompts, pixels)
         finally:
             model.set_adapter("default")
             model.delete_adapter(PROOF_ADAPTER)
     parameter = next(model.parameters())
-    loaded: Any = AutoModelForCausalLM.from_pretrained(str(checkpoint), dtype=parameter.dtype)
+    loader = auto_class(cast(Any, model).config)
+    loaded: Any = loader.from_pretrained(str(checkpoint), dtype=parameter.dtype)
     loaded.to(parameter.device)
-    return probe_logits(loaded, prompts)
+    return probe_logits(loaded, prompts, pixels)
 
 
 def _reload_in_place(model: PeftModel, checkpoint: Path, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -113,6 +122,7 @@ def prove(
     saved: torch.dtype,
     kind: str,
     computed_in: torch.dtype | None = None,
+    pictured: Collection[int] = (),
 ) -> Proof:
     """Raises ProofError when the checkpoint answers unlike the trained model, or exactly like the base.
 
@@ -144,4 +154,5 @@ def prove(
         change,
         str(saved).removeprefix("torch."),
         str(computed_in if computed_in is not None else saved).removeprefix("torch."),
+        frozenset(pictured),
     )

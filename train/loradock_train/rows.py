@@ -1,9 +1,8 @@
 """Reading data files into rows, and saying exactly which line is wrong.
 
-Four formats: chat ({"messages": […]}, the OpenAI shape), instruction ({"instruction", "input", "output"}), completion
-({"prompt", "completion"}) and raw text ({"text"}, or .txt files, one document each). The format is decided by the
-keys of
-*every* row, never by the first alone. Knows nothing of tokens.
+Four formats: chat ({"messages": […]}, the OpenAI shape, images too), instruction ({"instruction", "input",
+"output"}), completion ({"prompt", "completion"}) and raw text ({"text"}, or .txt files, one document each). The format
+is decided by the keys of *every* row, never by the first alone. Knows nothing of tokens.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 from loradock_train.chat import check_chat, has_functions
 from loradock_train.errors import DataError, Problem
 from loradock_train.files import DataFile, data_files
+from loradock_train.images import image_files, sources_of
 
 Format: TypeAlias = Literal["chat", "instruction", "completion", "text"]
 
@@ -35,6 +35,11 @@ class Row:
         """The place, for messages."""
         return f"{self.file}, line {self.line}" if self.line else self.file
 
+    @property
+    def images(self) -> list[str]:
+        """The images of a chat row, in order: data: URLs and paths."""
+        return sources_of(self.values.get("messages", ()), self.file)
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -45,9 +50,14 @@ class Rows:
     sha256: str
     """Hash over the bytes of all files (decompressed), in order."""
     files: tuple[tuple[str, str], ...] = ()
-    """Path and sha256 of every file, in order."""
+    """Path and sha256 of every file, in order; then of the images beside them."""
     notices: tuple[str, ...] = ()
     """What was read otherwise than it is written."""
+
+    @property
+    def has_images(self) -> bool:
+        """Whether any row shows one."""
+        return any(row.images for row in self.rows)
 
 
 def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) -> Rows:
@@ -69,9 +79,12 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
     problems = [problem for row in rows for problem in check_row(row, found)]
     if problems:
         raise DataError(f"{key} has {_count(len(problems), 'problem')}:", problems)
+    images = image_files([source for row in rows for source in row.images])
+    for _, sha256 in images:
+        digest.update(bytes.fromhex(sha256))
     old = sum(found == "chat" and has_functions(row.values) for row in rows)
     notices = (f"{key}: {_count(old, 'row')} with the old functions and function_call read as tools and tool_calls",)
-    return Rows(found, tuple(rows), digest.hexdigest(), tuple(files), notices if old else ())
+    return Rows(found, tuple(rows), digest.hexdigest(), (*files, *images), notices if old else ())
 
 
 def _count(number: int, noun: str) -> str:
@@ -137,12 +150,12 @@ def decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: st
 
 def check_row(row: Row, row_format: Format) -> list[Problem]:
     """All that is wrong with it."""
-    return [Problem(row.where, message) for message in _check(row.values, row_format)]
+    return [Problem(row.where, message) for message in _check(row.values, row_format, row.file)]
 
 
-def _check(values: dict[str, Any], row_format: Format) -> Iterator[str]:
+def _check(values: dict[str, Any], row_format: Format, file: str) -> Iterator[str]:
     if row_format == "chat":
-        yield from check_chat(values)
+        yield from check_chat(values, file)
     elif row_format == "instruction":
         yield from _check_strings(values, required=("instruction", "output"), optional=("input", "system"))
         if values.get("output") == "":

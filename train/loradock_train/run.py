@@ -43,6 +43,7 @@ from loradock_train.rundir import check_output, prepare_output
 from loradock_train.saves import FOLDER, check_same, check_same_base, identity_of, write_save
 from loradock_train.scoring import write_scores
 from loradock_train.tokenizer import make_tokenizer, tokenizer_sha256
+from loradock_train.vision import make_processor
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def train(
     tokenizer = make_tokenizer(config, rows)
     if architecture is not None:
         check_base(architecture, len(tokenizer), config.context_length)
-    data = load_data(config, rows, tokenizer)
+    processor = make_processor(config, architecture, rows, tokenizer)
+    data = load_data(config, rows, tokenizer, processor)
     for split in data.splits.values():
         notices.extend(split.notices)
     for key, report in data.reports.items():
@@ -133,7 +135,7 @@ def train(
     )  # fmt: skip
     outcome = fit(config, model, tokenizer, data, precision, directory, console, save, write)
 
-    trained_logits = probe_logits(model, data.probes)
+    trained_logits = probe_logits(model, data.probes, data.probe_pixels)
     summary = summarise(config, model, data.reports, precision, outcome, notices)
     proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
     write_scores(outcome.scored, data.scorer, directory)

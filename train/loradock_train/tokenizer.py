@@ -2,6 +2,7 @@
 template."""
 
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
 from loradock_train.config import TrainConfig
 from loradock_train.encode import prompt_and_answer
 from loradock_train.errors import ModelError
+from loradock_train.images import flat
 from loradock_train.rows import Rows
 
 END_OF_TEXT, PADDING, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -33,6 +36,8 @@ def make_tokenizer(config: TrainConfig, rows: Rows) -> PreTrainedTokenizerBase:
         source = options.path if options is not None and options.path is not None else config.model_id
         assert source is not None  # the config's validators saw to it
         tokenizer = load_tokenizer(source)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = _processor_template(source)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
     if rows.format == "chat" and not tokenizer.chat_template:
@@ -54,6 +59,16 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ModelError(f"no tokenizer could be loaded from {source}: {_first_line(error)}") from error
     return tokenizer
+
+
+def _processor_template(source: str) -> str | None:
+    """The chat template of an older model that sees, which lies with its processor alone."""
+    file = cached_file(
+        source, "chat_template.json", _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    template = json.loads(Path(file).read_text(encoding="utf-8")).get("chat_template") if file is not None else None
+    return template if isinstance(template, str) else None
 
 
 def padding_id(tokenizer: Any) -> int:
@@ -89,7 +104,7 @@ def _texts(rows: Rows, config: TrainConfig) -> Iterator[str]:
         if rows.format == "text":
             yield row.values["text"]
         elif rows.format == "chat":
-            yield from (message["content"] for message in row.values["messages"] if message.get("content"))
+            yield from (flat(message)["content"] for message in row.values["messages"] if message.get("content"))
         else:
             yield "".join(prompt_and_answer(row, rows.format, config.prompt_template))
 

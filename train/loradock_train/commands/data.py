@@ -36,15 +36,17 @@ def data(
 
     from loradock_adapters.console import note, out_json
     from loradock_train.doctor import examine
-    from loradock_train.encode import Encoder
+    from loradock_train.model import base_config
     from loradock_train.rows import read_rows
     from loradock_train.tokenizer import make_tokenizer
+    from loradock_train.vision import make_encoder, make_processor
 
     splits = {"train": read_rows(loaded.train_path, loaded.format, "train_path")}
     if loaded.valid_path is not None:
         splits["valid"] = read_rows(loaded.valid_path, splits["train"].format, "valid_path")
     tokenizer = make_tokenizer(loaded, splits["train"])
-    encoder = Encoder(tokenizer, loaded.append_eos, loaded.prompt_template)
+    architecture = None if loaded.model_id is None else base_config(loaded)
+    encoder = make_encoder(loaded, tokenizer, make_processor(loaded, architecture, splits["train"], tokenizer))
     splits_long = splits["train"].format == "text" and loaded.packing is not False
     found = {
         key: examine(
