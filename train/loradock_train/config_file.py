@@ -62,7 +62,11 @@ def config_from(
     if problems or config is None:
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{source} has {count}:", problems)
-    return _resolve_paths(config, folder), translated.notices
+    try:
+        return _resolve_paths(config, folder), translated.notices
+    except ConfigError as error:
+        located = [Problem(_where(tuple(p.where.split(".")), lines, {}), p.message) for p in error.problems]
+        raise ConfigError(error.headline, located) from error
 
 
 # ---- YAML ---------------------------------------------------------------------------------------------------------
@@ -109,8 +113,10 @@ def _problems(error: ValidationError, lines: Mapping[Keys, int], origins: Mappin
     messages: dict[Keys, list[str]] = {}
     for detail in error.errors(include_url=False):
         keys = _key_path(detail["loc"])
-        told = messages.setdefault(keys, [])
         message = _message(detail, keys)
+        keys = keys or _key_in(message, lines)
+        message = message.removeprefix(f"{'.'.join(keys)}: ")
+        told = messages.setdefault(keys, [])
         if message not in told:
             told.append(message)
     for keys, told in messages.items():
@@ -124,6 +130,11 @@ def _where(keys: Keys, lines: Mapping[Keys, int], origins: Mapping[str, str]) ->
     where = ".".join(keys) or "config"
     line = next((lines[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in lines), None)
     return f"line {line}, {where}" if line is not None else where
+
+
+def _key_in(message: str, lines: Mapping[Keys, int]) -> Keys:
+    """Of a problem between keys: the first that the message names and the file has."""
+    return next(((word,) for word in re.findall(r"\w+", message) if (word,) in lines), ())
 
 
 def _key_path(location: Sequence[str | int]) -> Keys:
@@ -146,6 +157,7 @@ def _message(detail: Any, keys: Keys) -> str:
         return str(context["error"])
     text = str(detail["msg"])
     text = re.sub(r"^Input should be ", "must be ", text).replace("a valid tuple", "a list")
+    text = re.sub(r"a valid dictionary or instance of \w+", "a section of keys and values", text)
     value = detail["input"]
     return f"{text}, got {value!r}" if isinstance(value, str | int | float | bool | None) else text
 
