@@ -18,6 +18,9 @@ HEAVY_HOMES = {
     "sqlalchemy": REGISTRY | MIGRATIONS,
     "fsspec": {"blob_store.py"},
     "psycopg": {"registry_changes.py"},
+    "torch": {"merge_stream.py", "merge_peft.py"},
+    "peft": {"merge_peft.py"},
+    "transformers": {"merge_peft.py"},
     "alembic": {"registry_schema.py", "migrations/env.py"} | MIGRATIONS,
 }
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from loradock_adapters import merge_stream
 from loradock_adapters.checkpoint import read_checkpoint
+from loradock_adapters.merge_plan import NotPlainError, plan_merge
 from loradock_serve import merge as merging
-from loradock_serve import merge_stream
-from loradock_serve.merge_plan import NotPlainError, plan_merge
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -69,6 +69,34 @@ class MergePlan:
         return max((math.prod(part.shape) * 4 for part in parts if part is not None), default=0)
 
 
+def plan_copy(directory: Path) -> MergePlan:
+    """A model as it stands, with nothing merged into it. Raises NotPlainError where it has no safetensors."""
+    files, index = _base_files(directory)
+    return MergePlan(files, {}, json.loads((directory / MODEL_CONFIG).read_text()), index)
+
+
+def sharded(plan: MergePlan, shard_bytes: int, item_bytes: int | None = None) -> MergePlan:
+    """The same plan with files of at most this size (a larger tensor has one of its own), named as transformers does.
+
+    `item_bytes`: of a number in the new files, where the format changes.
+    """
+    shards: list[dict[str, TensorStream]] = [{}]
+    filled_bytes = 0
+    for file in plan.files.values():
+        for name, tensor in file.items():
+            is_cast = item_bytes is not None and tensor.dtype in _FLOATS
+            size_bytes = tensor.size_bytes // tensor.item_bytes * (item_bytes or 1) if is_cast else tensor.size_bytes
+            if shards[-1] and filled_bytes + size_bytes > shard_bytes:
+                shards.append({})
+                filled_bytes = 0
+            shards[-1][name] = tensor
+            filled_bytes += size_bytes
+    if len(shards) == 1:
+        return replace(plan, files={MODEL_WEIGHTS: shards[0]}, index=None)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    return replace(plan, files=dict(zip(names, shards, strict=True)), index={})
+
+
 def plan_merge(base_dir: Path, checkpoint: Checkpoint) -> MergePlan:
     """The plan, or NotPlainError."""
     config = json.loads((base_dir / MODEL_CONFIG).read_text())

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from loradock_adapters.checkpoint import MODEL_CONFIG, MODEL_INDEX
+from loradock_adapters.merge_plan import Change, MergePlan
 from loradock_adapters.tensor_files import TensorStream, pieces, write_safetensors
-from loradock_serve.merge_plan import Change, MergePlan
 
 BLOCK_BYTES = 16 << 20
 """Of float32 values that are worked on at a time."""
@@ -27,37 +27,49 @@ class BrokenAdapterError(Exception):
     """The merged weights are not finite."""
 
 
-def write_merged(plan: MergePlan, out: Path) -> None:
-    """The weights and config.json of the merged model, into an existing directory."""
+def write_merged(plan: MergePlan, out: Path, dtype: str | None = None) -> None:
+    """The weights and config.json of the merged model, into an existing directory.
+
+    `dtype`: number format of the new weights, as safetensors calls it; default that of each of the base's.
+    """
     weight_map: dict[str, str] = {}
+    total_bytes = 0
     for file, tensors in plan.files.items():
-        streams = {name: _merged(name, tensor, plan.changes.get(name)) for name, tensor in tensors.items()}
+        streams = {name: _merged(name, tensor, plan.changes.get(name), dtype) for name, tensor in tensors.items()}
         write_safetensors(out / file, streams)
         weight_map |= dict.fromkeys(tensors, file)
+        total_bytes += sum(stream.size_bytes for stream in streams.values())
     if plan.index is not None:
-        total_bytes = sum(tensor.size_bytes for file in plan.files.values() for tensor in file.values())
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (out / MODEL_INDEX).write_text(json.dumps(index, indent=2))
     (out / MODEL_CONFIG).write_text(json.dumps(plan.config, indent=2))
 
 
-def _merged(name: str, own: TensorStream, change: Change | None) -> TensorStream:
+def cast(name: str, own: TensorStream, dtype: str | None) -> TensorStream:
+    """The same values in another number format; what is no matrix or vector of floats stays as it is."""
+    return _merged(name, own, None, dtype)
+
+
+def _merged(name: str, own: TensorStream, found: Change | None, dtype: str | None) -> TensorStream:
     """The tensor as it will be; computed when it is read."""
-    if change is None:
+    new_dtype = dtype if dtype is not None and own.dtype in _DTYPES and own.shape else own.dtype
+    if found is None and new_dtype == own.dtype:
         return own
+    change = found if found is not None else Change()
     source = change.replaced if change.replaced is not None else own
-    out_dtype = _DTYPES[own.dtype]
+    out_dtype = _DTYPES[new_dtype]
 
     def read(piece_bytes: int) -> Iterator[bytes]:
         def parts() -> Iterator[bytes]:
             for block in _blocks(source, change):  # [rows, ...], float32
-                if not bool(torch.isfinite(block).all()):
+                new = block.to(out_dtype)
+                if found is not None and not bool(torch.isfinite(new).all()):
                     raise BrokenAdapterError(f"{name} is not finite after the merge: the adapter seems to be broken")
-                yield _bytes_of(block.to(out_dtype))
+                yield _bytes_of(new)
 
         return pieces(parts(), piece_bytes)
 
-    return TensorStream(own.dtype, source.shape, read)
+    return TensorStream(new_dtype, source.shape, read)
 
 
 def _blocks(source: TensorStream, change: Change) -> Iterator[Tensor]:
