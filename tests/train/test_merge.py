@@ -17,6 +17,7 @@ from loradock_testing.tiny_models import ALL_MODULES, make_adapter, make_llama, 
 from loradock_train import merge_proof, train
 from loradock_train.errors import ModelError, OutputError, ProofError
 from loradock_train.merge import export, merge
+from loradock_train.proof import probe_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 PROMPTS = ["import return", "while yield", "class lambda"]
@@ -103,7 +104,7 @@ def test_adapter_that_does_not_fit_is_refused_by_the_gate(tmp_path: Path, base: 
 
 
 def test_merge_that_answers_otherwise_is_not_kept(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = merge_proof.probe_logits
+    real = probe_logits
     calls: list[int] = []
 
     def drifting(model: Any, prompts: Any) -> torch.Tensor:
@@ -122,7 +123,7 @@ def test_full_model_and_a_directory_that_is_there_are_refused(run: Path, base: P
     with pytest.raises(OutputError, match="is there already"):
         merge(run, tmp_path)
     with pytest.raises(UsageError, match="float8"):
-        merge(run, tmp_path / "merged", dtype="float8")  # type: ignore[arg-type]
+        merge(run, tmp_path / "merged", dtype="float8")
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

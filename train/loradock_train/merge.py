@@ -22,8 +22,7 @@ from loradock_adapters.merge_plan import MergePlan, NotPlainError, plan_copy, pl
 from loradock_adapters.passport import Passport, PassportBase, weights_sha256, write_passport
 from loradock_train.errors import ModelError, OutputError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
-CODES: dict[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 SHARD_BYTES = 5_000_000_000
 MAX_RANK = 1 << 12
@@ -67,7 +66,7 @@ def merge(
     out: str | Path,
     *,
     base: str | None = None,
-    dtype: Dtype | None = None,
+    dtype: str | None = None,
     shard_bytes: int | None = None,
     prove: bool = True,
     dry_run: bool = False,
@@ -283,7 +282,7 @@ def export(
     form: Literal["peft", "merged"] | None = None,
     base: str | None = None,
     base_name: str | None = None,
-    dtype: Dtype | None = None,
+    dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     prove: bool = True,
     tell: Callable[[str], None] = lambda _line: None,

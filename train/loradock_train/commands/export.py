@@ -40,7 +40,7 @@ def export(
         form=form,  # type: ignore[arg-type]
         base=base,
         base_name=base_name,
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         shard_bytes=int(shard_gb * 1e9),
         prove=prove,
         tell=console.note,

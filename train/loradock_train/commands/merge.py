@@ -36,7 +36,7 @@ def merge(
         dtype=dtype,
         prove=prove,
         dry_run=dry_run,
-        tell=console.note,  # type: ignore[arg-type]
+        tell=console.note,
     )
     if as_json:
         console.out_json(found)
