@@ -14,7 +14,6 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loradock_adapters.errors import UsageError
 from loradock_adapters.passport import read_passport, weights_sha256
 from loradock_adapters.vocabulary import read_vocabulary
 from loradock_testing.rows import WriteRows
@@ -356,14 +355,6 @@ def test_validation_rows_of_another_format_are_refused(base: Path, tmp_path: Pat
     data, valid = write_rows("r.jsonl", ROWS), write_rows("v.jsonl", CHATS)
     with pytest.raises(DataError, match="valid_path has 8 problems"):
         train(options(base, data, valid_path=str(valid)), output=tmp_path / "run")
-
-
-def test_launcher_of_several_processes_is_refused_until_it_is_supported(
-    base: Path, tmp_path: Path, write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="several processes is not there yet"):
-        train(options(base, write_rows("r.jsonl", ROWS)), output=tmp_path / "run")
 
 
 def test_mapping_with_a_typo_is_refused_like_a_file(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loradock_train.config import TrainConfig
 from loradock_train.errors import Problem, ResumeError
 from loradock_train.export import write_atomically
+from loradock_train.processes import on_main
 from loradock_train.saves import FOLDER, load_weights, remove_save, saved_histories, trained_state
 
 
@@ -108,11 +109,14 @@ class BestKeeper(TrainerCallback):
 
     def _keep(self, step: int) -> None:
         """Written first; then those go that neither the run nor a save of it needs."""
+        state = trained_state(self._model)
+        on_main(lambda: self._write(step, state))
+
+    def _write(self, step: int, state: Mapping[str, Tensor]) -> None:
         place = self._place(step)
         if place.exists():  # from before a kill
             remove_save(place)
-        state = trained_state(self._model)
-        write_atomically(place, lambda temporary: save_file(state, temporary / "weights.safetensors"))
+        write_atomically(place, lambda temporary: save_file(dict(state), temporary / "weights.safetensors"))
         needed = {step} | {self.of(history).step for history in saved_histories(self._directory)}
         for old in (self._directory / FOLDER).glob("best-*"):
             if old != place and int(old.name.removeprefix("best-")) not in needed:

@@ -111,6 +111,11 @@ class TrainConfig(Section):
     """Export the weights of the best validation instead of the last step's: eval_loss, or a metric of the task.
     Default: the last step; with early_stopping, the task's metric, else eval_loss."""
 
+    # ---- processes ------------------------------------------------------------------------------------------------
+    num_devices: int = Field(default=1, ge=1)
+    """Processes on this machine that train together, one for each GPU. A step then takes that many times
+    train_batch_size_per_device rows. Default 1. Under torchrun, accelerate or Ray their number counts."""
+
     # ---- batches --------------------------------------------------------------------------------------------------
     train_batch_size_per_device: int = Field(default=16, ge=1)
     """Rows a device takes at once. Default 16."""

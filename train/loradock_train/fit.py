@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from loradock_train.agree import Agreement, common_clock
 from loradock_train.before import RunData
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import Collator
@@ -19,6 +20,7 @@ from loradock_train.model import (
     inner_model,
 )
 from loradock_train.order import Order
+from loradock_train.processes import is_main, world_size
 from loradock_train.progress import Meter, Reporter
 from loradock_train.report import Outcome
 from loradock_train.saves import Position, Save
@@ -49,21 +51,23 @@ def fit(
     ids, pixels = loss_sample(data.train, data.processor)
     pixels = {name: value.to(model.device) for name, value in pixels.items()}
     use_own = can_own_loss(inner_model(model), ids.to(model.device), pixels)
-    length = length_of(config, len(data.train), num_devices=1)
+    length = length_of(config, len(data.train), num_devices=world_size())
     meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)
     history = [] if save is None else save.position.history
-    reporter = Reporter(directory / "metrics.jsonl", length, meter, console, history)
+    reporter = Reporter(directory / "metrics.jsonl" if is_main() else None, length, meter, console, history)
     request = StopRequest()
     scoring = Scoring(config, model, data.scorer, precision.arithmetic, directory, reporter)
     scoring.begin(is_new=save is None)
+    clock = common_clock(meter) if config.max_time_s is not None else lambda: meter.elapsed_s
     with loss_context(inner_model(model), use_own), request.on_signals():
         trainer = LoradockTrainer(
-            rate=lambda step: learning_rate_factor(config, length, step, meter.elapsed_s),
+            rate=lambda step: learning_rate_factor(config, length, step, clock()),
             order=_order(config, data.train),
             steps_per_epoch=length.steps_per_epoch,
             meter=meter,
             reporter=reporter,
             saver=Saver(config, request),
+            agreement=Agreement(meter, request),
             write=write,
             score=scoring.metrics,
             keeper=scoring.keeper,
@@ -96,5 +100,5 @@ def fit(
 
 def _order(config: TrainConfig, rows: datasets.Dataset) -> Order:
     lengths = [int(length) for length in rows["length"]]
-    rows_per_step = config.train_batch_size_per_device * config.gradient_accumulation_steps
+    rows_per_step = config.train_batch_size_per_device * config.gradient_accumulation_steps * world_size()
     return Order(lengths, rows_per_step, config.group_by_length, config.seed)

@@ -52,6 +52,49 @@ class Order:
         return [int(row) for step in (*whole, *ragged) for row in step]
 
 
+FILLER = -1
+"""Stands for no row: a process that has none left in a batch computes something without a label, since the others
+wait for it."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which rows each of several processes takes, so that a step has the rows of one process with a batch as large
+    as theirs together.
+
+    A batch of all processes is dealt out row by row: each gets as many as the others, or one less.
+    """
+
+    batch_size: int
+    """Rows that one process takes at once."""
+    num_processes: int
+    process: int
+
+    def num_batches(self, num_rows: int) -> int:
+        """The same for every process."""
+        return -(-num_rows // (self.batch_size * self.num_processes))
+
+    def batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """This process's batches. The last ones may hold fewer rows, or nothing but FILLER."""
+        together = self.batch_size * self.num_processes
+        for start in range(0, len(rows), together):
+            mine = rows[start : start + together][self.process :: self.num_processes]
+            yield list(mine) or [FILLER]
+
+
+class ShareSampler(Sampler[list[int]]):
+    """A process's batches of what a sampler says about all rows."""
+
+    def __init__(self, rows: Sampler[int] | Sequence[int], shares: Shares) -> None:
+        self._rows, self._shares = rows, shares
+
+    def __len__(self) -> int:
+        return self._shares.num_batches(len(self._rows))  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._shares.batches(list(self._rows))
+
+
 class EpochSampler(Sampler[int]):
     """The order of the epoch that the run is in, asked for whenever an iteration begins."""
 

@@ -24,9 +24,21 @@ class Meter:
     def __init__(self, tokens: int = 0, earlier_s: float = 0.0) -> None:
         self.tokens = tokens
         """Tokens put through the model so far, padding excluded."""
+        self.unshared_tokens = 0
+        """Those of this process that the others have not heard of."""
         self._earlier_s = earlier_s
         self._started_s: float | None = None
         self._stopped_s: float | None = None
+
+    def count(self, tokens: int) -> None:
+        """This process has put them through."""
+        self.tokens += tokens
+        self.unshared_tokens += tokens
+
+    def share(self, tokens: int) -> None:
+        """All processes have put through so many since they last told each other."""
+        self.tokens += tokens - self.unshared_tokens
+        self.unshared_tokens = 0
 
     def start(self) -> None:
         self._started_s = time.monotonic()
@@ -51,9 +63,10 @@ class Reporter(TrainerCallback):
     """Draws the bar, writes metrics.jsonl, ends the run at its time limit and at a loss that is no number."""
 
     def __init__(
-        self, path: Path, length: Length, meter: Meter, console: Console, history: Sequence[dict[str, Any]] = ()
+        self, path: Path | None, length: Length, meter: Meter, console: Console, history: Sequence[dict[str, Any]] = ()
     ) -> None:
-        """history: the lines that the run wrote before it was resumed."""
+        """path: metrics.jsonl, None in processes that write nothing. history: the lines that the run wrote before it
+        was resumed."""
         self.history: list[dict[str, Any]] = list(history)
         self._path, self._length, self._meter = path, length, meter
         self._last_step_s = meter.elapsed_s
@@ -105,9 +118,7 @@ class Reporter(TrainerCallback):
             tokens_per_s=round(self._meter.tokens_per_s, 1),
             elapsed_s=round(self._meter.elapsed_s, 3),
         )
-        self.history.append(entry)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        self._write(entry)
         if "loss" in logs:
             self._loss = logs["loss"]
             if not math.isfinite(self._loss):
@@ -120,9 +131,13 @@ class Reporter(TrainerCallback):
     def note(self, values: dict[str, Any]) -> None:
         """A line of its own before the first step."""
         entry = {"step": 0, **values}
+        self._write(entry)
+
+    def _write(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen."""

@@ -21,6 +21,7 @@ from loradock_train.dataset import DataReport
 from loradock_train.encode import stop_token_ids
 from loradock_train.model import Precision, base_directory
 from loradock_train.parameters import parameter_report
+from loradock_train.processes import gather_objects, world_size
 from loradock_train.proof import Proof
 from loradock_train.scoring import Scored
 
@@ -53,7 +54,7 @@ def summarise(
     losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
     exported = outcome.scored.exported_step
     evals = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry and entry["step"] <= exported]
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory_bytes()
+    peaks = gather_objects(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory_bytes())
     return {
         "kind": config.kind,
         "base": config.model_id,
@@ -71,7 +72,9 @@ def summarise(
             "arithmetic": precision.arithmetic,
             "saved": str(precision.saved).removeprefix("torch."),
         },
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes_per_process": peaks,
+        "num_devices": world_size(),
         "device": outcome.device,
         "used_own_loss": outcome.used_own_loss,
         "data": {key: asdict(report) for key, report in reports.items()},

@@ -8,7 +8,6 @@ on from).
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -22,13 +21,21 @@ import yaml
 from rich.console import Console
 from transformers import set_seed
 
-from loradock_adapters.errors import UsageError
 from loradock_train.after import export, write_text
 from loradock_train.before import announce, check_packing, load_data, prepare_model
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.cost import SpendMeter, cost_of, told
 from loradock_train.fit import fit
+from loradock_train.launch import (
+    Machines,
+    launch,
+    make_order,
+    must_launch,
+    process_notices,
+    read_summary,
+    run_directory,
+)
 from loradock_train.model import (
     base_config,
     check_base,
@@ -36,11 +43,21 @@ from loradock_train.model import (
 )
 from loradock_train.placement import foretell
 from loradock_train.plot import plot_loss
+from loradock_train.processes import connected, is_main, on_main
 from loradock_train.proof import Proof, probe_logits
 from loradock_train.report import summarise, versions
 from loradock_train.rows import read_rows
 from loradock_train.rundir import check_output, prepare_output
-from loradock_train.saves import FOLDER, check_same, check_same_base, identity_of, write_save
+from loradock_train.saves import (
+    FOLDER,
+    Save,
+    check_alike,
+    check_same,
+    check_same_base,
+    common_save,
+    identity_of,
+    write_save,
+)
 from loradock_train.scoring import write_scores
 from loradock_train.tokenizer import make_tokenizer, tokenizer_sha256
 from loradock_train.vision import make_processor
@@ -80,6 +97,7 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     console: Console | None = None,
+    machines: Machines | None = None,
 ) -> Run:
     """Train what the config says.
 
@@ -89,15 +107,53 @@ def train(
     overwrite: replace a run that is already there.
     resume: go on from the newest save of an unfinished run; where nothing was saved, begin.
     console: where progress is shown; default stderr.
+    machines: which of several machines this is; default the only one.
     Raises UsageError and its kin for bad input, TrainError when training or its proof fails, RunStopped when SIGTERM
     or Ctrl-C ended it early and it saved where it stood.
     """
-    console = console if console is not None else Console(stderr=True)
     config, notices, name = _resolve(config, overrides)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("training with several processes is not there yet; start `loradock train` without a launcher")
-    directory = Path(output if output is not None else config.output_dir or Path("runs") / name)
-    save = check_output(directory, overwrite, resume)
+    directory = run_directory(config, output, name)
+    if must_launch(config.num_devices, machines):
+        order = make_order(config, notices, name, directory, overwrite, resume)
+        launch(order, config.num_devices, machines if machines is not None else Machines())
+        return Run(directory, config.kind, read_summary(directory))
+    console = console if console is not None else Console(stderr=True)
+    return train_here(config, notices, name, directory, overwrite, resume, console)
+
+
+def train_here(
+    config: TrainConfig,
+    notices: Sequence[str],
+    name: str,
+    directory: Path,
+    overwrite: bool,
+    resume: bool,
+    console: Console,
+) -> Run:
+    """The run in this process, or this process's part of it where there are several: then only process 0 prints and
+    writes, and all return when it has."""
+    with connected():
+        return _train_here(
+            config,
+            [*notices, *process_notices(config.num_devices)],
+            name,
+            directory,
+            overwrite,
+            resume,
+            console if is_main() else Console(quiet=True),
+        )
+
+
+def _train_here(
+    config: TrainConfig,
+    notices: list[str],
+    name: str,
+    directory: Path,
+    overwrite: bool,
+    resume: bool,
+    console: Console,
+) -> Run:
+    save = common_save(on_main(lambda: check_output(directory, overwrite, resume)))
     started_s, spending = time.monotonic(), SpendMeter(None if save is None else save.spent)
     set_seed(config.seed)
 
@@ -115,6 +171,7 @@ def train(
         notices.extend(report.notices(key, config.context_length))
 
     identity = identity_of(config, data.splits, tokenizer_sha256(tokenizer), versions())
+    check_alike(identity)
     if save is not None:
         notices.extend(check_same(save, identity))
     precision, model, base_logits = prepare_model(config, architecture, tokenizer, data)
@@ -123,8 +180,7 @@ def train(
     check_packing(model, data, tokenizer)
     if save is not None:
         check_same_base(save, base_logits)
-    prepare_output(directory, save)
-    write_text(directory / "config.yaml", yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
+    on_main(lambda: _begin(config, directory, save))
     announce(console, config, model, data, precision, notices)
     if resume:
         where = f"resuming at step {save.position.step}" if save else "nothing was saved: beginning at step 0"
@@ -137,13 +193,22 @@ def train(
 
     trained_logits = probe_logits(model, data.probes, data.probe_pixels)
     summary = summarise(config, model, data.reports, precision, outcome, notices)
-    proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
-    write_scores(outcome.scored, data.scorer, directory)
-    plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
-    summary["data_sha256"] = {key: rows.sha256 for key, rows in data.splits.items()}
-    run = _finish(directory, config, summary, proof, started_s, spending)
-    console.print(told(summary), markup=False, highlight=False)
-    return run
+
+    def finish() -> Run:
+        proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
+        write_scores(outcome.scored, data.scorer, directory)
+        plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
+        summary["data_sha256"] = {key: rows.sha256 for key, rows in data.splits.items()}
+        run = _finish(directory, config, summary, proof, started_s, spending)
+        console.print(told(summary), markup=False, highlight=False)
+        return run
+
+    return on_main(finish)
+
+
+def _begin(config: TrainConfig, directory: Path, save: Save | None) -> None:
+    prepare_output(directory, save)
+    write_text(directory / "config.yaml", yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
 
 
 def _resolve(

@@ -11,10 +11,11 @@ Random states are not here: those of a step follow from seed and step (order.py)
 name, synced and renamed. Knows nothing of the loop that calls it.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 
 from loradock_train.config import TrainConfig
 from loradock_train.cost import UNKNOWN, Spent
-from loradock_train.errors import Problem, ResumeError
+from loradock_train.errors import Problem, ResumeError, TrainError
 from loradock_train.export import write_atomically
+from loradock_train.processes import gather_objects, world_size
 from loradock_train.rows import Rows
 
 FOLDER = "saves"
@@ -35,6 +37,7 @@ FREE_KEYS = frozenset(
         "save_steps",
         "save_every_s",
         "keep",
+        "num_devices",
         "train_path",
         "valid_path",
         "worker_resources",
@@ -56,6 +59,7 @@ class Identity:
     """For each split, name and sha256 of every file, in order."""
     tokenizer_sha256: str | None
     versions: dict[str, str]
+    num_processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Position:
     logged_step: int
     history: list[dict[str, Any]]
     """The lines of metrics.jsonl."""
+    loss_sums: list[float] = field(default_factory=list)
+    """loss_sum of every process, where there are several."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def identity_of(
 ) -> Identity:
     """What decides the weights of this run."""
     data = {key: [[Path(file).name, digest] for file, digest in rows.files] for key, rows in splits.items()}
-    return Identity(json.loads(config.model_dump_json()), data, tokenizer_sha256, dict(versions))
+    return Identity(json.loads(config.model_dump_json()), data, tokenizer_sha256, dict(versions), world_size())
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -178,6 +184,27 @@ def saved_histories(run: Path) -> list[list[dict[str, Any]]]:
     return [json.loads(text)["position"]["history"] for text in texts]
 
 
+def common_save(save: Save | None) -> Save | None:
+    """The save that process 0 has found. Raises ResumeError where this process cannot see it."""
+    if save is not None and not (save.directory / "save.json").is_file():
+        told = "not there for every process: they need a run directory that all machines share"
+        raise ResumeError(f"{save.directory} cannot be resumed:", [Problem(str(save.directory), told)])
+    return save
+
+
+def check_alike(identity: Identity) -> None:
+    """Raises TrainError where the processes of this run are not about to train the same thing."""
+    values = asdict(identity)
+    values["config"] = {key: value for key, value in identity.config.items() if key not in FREE_KEYS}
+    digests = gather_objects(hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+    other = [index for index, digest in enumerate(digests) if digest != digests[0]]
+    if other:
+        raise TrainError(
+            f"process {other[0]} of {len(digests)} has another config, data, tokenizer or library version than "
+            "process 0; every machine needs the same ones"
+        )
+
+
 def check_same(save: Save, now: Identity) -> list[str]:
     """Notices about what may differ. Raises ResumeError with everything that may not: config, data, tokenizer."""
     then = save.identity
@@ -190,6 +217,9 @@ def check_same(save: Save, now: Identity) -> list[str]:
         problems.extend(_changed_files(f"{split}_path", then.data.get(split, []), now.data.get(split, [])))
     if then.tokenizer_sha256 != now.tokenizer_sha256:
         problems.append(Problem("tokenizer", "another one than when the run began (tokenizer.json differs)"))
+    if then.num_processes != now.num_processes:
+        told = f"{then.num_processes} processes when the run began, {now.num_processes} now"
+        problems.append(Problem("num_devices", f"{told}: a step would take other rows, and draw other random numbers"))
     if problems:
         raise ResumeError(
             f"{save.directory} cannot be resumed, since what it was made from has changed "

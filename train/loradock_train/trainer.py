@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -24,11 +25,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from loradock_train.agree import Agreement, share_loader
 from loradock_train.config import TrainConfig
 from loradock_train.encode import IGNORED
 from loradock_train.loss import own_loss
 from loradock_train.model import Precision
 from loradock_train.order import EpochSampler, Order, seed_step
+from loradock_train.processes import broadcast_object, gather_objects, on_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
 from loradock_train.saves import Position, Save, load_weights
 from loradock_train.schedule import Length
@@ -52,6 +55,7 @@ class LoradockTrainer(Trainer):
         meter: Meter,
         reporter: Reporter,
         saver: Saver,
+        agreement: Agreement,
         write: Callable[[Position, Callable[[Path], None]], Path],
         score: Callable[[nn.Module], dict[str, float]] | None = None,
         keeper: TrainerCallback | None = None,
@@ -65,7 +69,7 @@ class LoradockTrainer(Trainer):
         self._rate, self._order, self._steps_per_epoch = rate, order, steps_per_epoch
         self._reporter, self._write = reporter, write
         self._resumed: Position | None = None
-        callbacks = [reporter, saver, _Hooks(self), *([] if keeper is None else [keeper])]
+        callbacks = [reporter, saver, _Hooks(self), *([] if keeper is None else [keeper]), agreement]
         super().__init__(**options, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
 
@@ -79,16 +83,32 @@ class LoradockTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(self._order, lambda: self.state.global_step // self._steps_per_epoch)
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Several processes: ours, since accelerate fills a ragged last batch with rows that were learnt already."""
+        if world_size() == 1:
+            return super().get_train_dataloader()
+        sampler = self._get_train_sampler()
+        return share_loader(self.train_dataset, sampler, self.args.train_batch_size, self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Several processes: every row in one of them, once."""
+        if world_size() == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return share_loader(rows, range(len(rows)), self.args.eval_batch_size, self.data_collator)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        loss_sums = gather_objects(float(self._tr_loss))
         position = Position(
             step=self.state.global_step,
             tokens=self.meter.tokens,
             elapsed_s=self.meter.elapsed_s,
-            loss_sum=float(self._tr_loss),
+            loss_sum=loss_sums[0],
             logged_step=self._globalstep_last_logged,
             history=self._reporter.history,
+            loss_sums=loss_sums,
         )
-        self.last_save = (position.step, self._write(position, self._fill))
+        self.last_save = (position.step, on_main(lambda: self._write(position, self._fill)))
 
     def _fill(self, directory: Path) -> None:
         self._save_optimizer_and_scheduler(str(directory))
@@ -101,7 +121,8 @@ class LoradockTrainer(Trainer):
     def restore_sums(self) -> None:
         """The loss since the last log, which transformers begins anew on resume."""
         if self._resumed is not None:
-            self._tr_loss.fill_(self._resumed.loss_sum)
+            sums = self._resumed.loss_sums
+            self._tr_loss.fill_(sums[rank()] if len(sums) > 1 else self._resumed.loss_sum)
             self._globalstep_last_logged = self._resumed.logged_step
 
     # ---- steps and validation ----------------------------------------------------------------------------------------
@@ -115,7 +136,7 @@ class LoradockTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Counts tokens, else transformers' own."""
-        self.meter.tokens += int(inputs["num_tokens"])
+        self.meter.count(int(inputs["num_tokens"]))
         return super().training_step(model, _for_model(inputs), num_items_in_batch)
 
     def evaluate(
@@ -132,21 +153,22 @@ class LoradockTrainer(Trainer):
             for inputs in loader:
                 batch = self._prepare_inputs(_for_model(inputs))
                 count = (batch["labels"][:, 1:] != IGNORED).sum()
-                if int(count) == 0:
-                    continue
-                with self.compute_loss_context_manager():
-                    sums[0] += self.model_wrapped(**batch).loss.double() * count
-                sums[1] += count
+                with self.compute_loss_context_manager():  # nothing learnt here: the others may wait for this forward
+                    loss = self.model_wrapped(**batch).loss.double()
+                if int(count):
+                    sums[0] += loss * count
+                    sums[1] += count
         model.train(was_training)
         total, tokens = self.accelerator.reduce(sums, reduction="sum").tolist()
-        loss = total / tokens if tokens else math.nan
+        mean = total / tokens if tokens else math.nan
         metrics = {
-            f"{metric_key_prefix}_loss": loss,
-            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
+            f"{metric_key_prefix}_loss": mean,
+            f"{metric_key_prefix}_perplexity": math.exp(min(mean, 700.0)),
             f"{metric_key_prefix}_tokens": int(tokens),
         }
         if self._score is not None:
-            metrics.update((f"{metric_key_prefix}_{name}", value) for name, value in self._score(model).items())
+            found = broadcast_object(self._score(model))  # the last bits may differ, and decide who stops
+            metrics.update((f"{metric_key_prefix}_{name}", value) for name, value in found.items())
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -206,6 +228,7 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,  # would look for them at every step; all that is trained is used
         dataloader_pin_memory=has_gpu,
         **evaluation,
     )

@@ -9,6 +9,9 @@ from typing import Annotated
 
 import typer
 
+from loradock_train.launch import Machines
+from loradock_train.processes import is_main
+
 
 def _print_schema(wanted: bool) -> None:
     if wanted:
@@ -24,6 +27,14 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, dotted: lora_config.r=16.")
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one a GPU; as --set num_devices=N.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that train together; each runs this command.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this is, from 0.")] = 0,
+    master_address: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 listens; a port that is free there.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<name of the YAML>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run that is there.")] = False,
@@ -36,32 +47,56 @@ def train(
     ] = False,
 ) -> None:
     """Train a LoRA adapter, a full fine-tune, or a model from scratch."""
+    from loradock_adapters.console import note, out, out_json
     from loradock_train.config_file import load_config
+    from loradock_train.errors import RunStopped
+    from loradock_train.launch import launch, make_order, must_launch, read_summary, run_directory
 
-    load_config(config, set_ or [])  # a typo is told before the heavy imports, not after ten seconds
+    overrides = [*(set_ or []), *([f"num_devices={nproc}"] if nproc is not None else [])]
+    machines = Machines(nodes, node_rank, master_address)
+    machines.check()
+    resolved, notices = load_config(config, overrides)  # a typo is told before the heavy imports
+    directory = run_directory(resolved, output, config.stem)
+    try:
+        if must_launch(resolved.num_devices, machines):
+            order = make_order(resolved, notices, config.stem, directory, overwrite, resume)
+            launch(order, resolved.num_devices, machines)
+        else:
+            _train_here(config, overrides, output, overwrite, resume)
+    except RunStopped as stop:
+        if is_main() and node_rank == 0:
+            note(f"stopped at step {stop.step}, saved in {stop.save}; resume with")
+            note(f"    {_again(config, set_, output, nproc, machines)}")
+        return
+    if not is_main() or node_rank > 0:
+        return
+    if as_json:
+        out_json(read_summary(directory))
+    else:
+        out(str(directory / "checkpoint"))
+
+
+def _train_here(config: Path, overrides: list[str], output: Path | None, overwrite: bool, resume: bool) -> None:
     from transformers.utils import logging
 
-    from loradock_adapters.console import err, note, out, out_json
-    from loradock_train.errors import RunStopped
+    from loradock_adapters.console import err
     from loradock_train.run import train as run_training
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        run = run_training(config, overrides=set_ or [], output=output, overwrite=overwrite, resume=resume, console=err)
-    except RunStopped as stop:
-        note(f"stopped at step {stop.step}, saved in {stop.save}; resume with")
-        note(f"    {_again(config, set_, output)}")
-        return
-    if as_json:
-        out_json(run.summary)
-    else:
-        out(str(run.checkpoint))
+    run_training(config, overrides=overrides, output=output, overwrite=overwrite, resume=resume, console=err)
 
 
-def _again(config: Path, overrides: list[str] | None, output: Path | None) -> str:
+def _again(
+    config: Path, overrides: list[str] | None, output: Path | None, nproc: int | None, machines: Machines
+) -> str:
     """The command that goes on with this run."""
     words = ["loradock", "train", str(config)]
+    if nproc is not None:
+        words += ["--nproc", str(nproc)]
+    if machines.nodes > 1:
+        words += ["--nodes", str(machines.nodes), "--node-rank", str(machines.rank)]
+        words += ["--master-address", str(machines.master_address)]
     for override in overrides or []:
         words += ["--set", override]
     if output is not None:
