@@ -5,7 +5,8 @@ Writes nothing.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import datasets  # type: ignore[import-untyped]
 import torch
@@ -14,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loradock_train.config import TrainConfig
+from loradock_train.config_task import TaskOptions
 from loradock_train.dataset import DataReport, build_dataset
 from loradock_train.encode import Encoder
 from loradock_train.errors import ModelError
+from loradock_train.feed import Encode
 from loradock_train.model import (
     Precision,
     add_adapter,
@@ -29,6 +32,7 @@ from loradock_train.packing import can_pack
 from loradock_train.parameters import count_parameters, parameter_lines, select_trainable
 from loradock_train.proof import probe_logits
 from loradock_train.rows import Rows, read_rows
+from loradock_train.stream import Stream, open_stream
 from loradock_train.task import Scorer, make_scorer
 from loradock_train.task_rows import check_answers
 from loradock_train.vision import check_images, make_encoder, probes_of
@@ -50,14 +54,33 @@ class RunData:
     """What the model gets beside the probes that show an image, by their numbers."""
     scorer: Scorer | None = None
     """Of the run's task."""
+    stream: Stream | None = None
+    """Where the rows of training come from; then `train` and its report are those of the first block."""
+    encode: Encode | None = None
+    """Makes `train` of other blocks."""
 
 
-def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, processor: Any = None) -> RunData:
+def open_rows(config: TrainConfig) -> tuple[Rows, Stream | None]:
+    """The rows of training; of a stream those of its first block, and the stream. Raises DataError."""
+    if not config.streaming:
+        return read_rows(config.train_path, config.format, "train_path"), None
+    stream, rows = open_stream(config.train_path, config.format, "train_path", config.shuffle_buffer, config.seed)
+    return rows, stream
+
+
+def load_data(
+    config: TrainConfig,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Any = None,
+    stream: Stream | None = None,
+) -> RunData:
     packing = config.packing if config.packing is not None else rows.format == "text" and processor is None
     encoder = make_encoder(config, tokenizer, processor)
     check_images(encoder, rows, packing, config.task is not None)
     options = (encoder, config.context_length, config.on_long_rows, packing)
-    train_set, report = build_dataset(rows, *options, "train_path")
+    encode = partial(_encode, options, config.task)
+    train_set, report = build_dataset(rows, *options, "train_path") if stream is None else encode(rows)
     reports = {"train": report}
     valid_set, valid_rows = None, None
     if config.valid_path is not None:
@@ -71,7 +94,16 @@ def load_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBas
         for key, each in (("train_path", rows), ("valid_path", valid_rows)):
             check_answers(each, config.task, key)
         scorer = make_scorer(config, valid_rows, encoder, tokenizer)
-    return RunData(splits, train_set, valid_set, reports, probes, encoder, processor, pixels, scorer)
+    return RunData(splits, train_set, valid_set, reports, probes, encoder, processor, pixels, scorer, stream, encode)
+
+
+def _encode(
+    options: tuple[Encoder, int, Literal["error", "truncate", "drop"], bool], task: TaskOptions | None, rows: Rows
+) -> tuple[datasets.Dataset, DataReport]:
+    """A block of a stream."""
+    if task is not None:
+        check_answers(rows, task, "train_path")
+    return build_dataset(rows, *options, "train_path", is_part=True)
 
 
 def prepare_model(
@@ -113,6 +145,8 @@ def announce(
     count, report = count_parameters(model), data.reports["train"]
     is_packed = "position_ids" in data.train.column_names
     packed = f" packed into {report.num_examples:,}" if is_packed else ""
+    if data.stream is not None:
+        packed += f" in the first block of a stream of {len(data.stream.shards):,} shards"
     console.print(
         f"{config.kind}: {count.trainable:,} of {count.total:,} parameters trained ({count.share:.3%}), "
         f"{report.num_documents:,} {report.format} rows{packed}, {report.num_trained_tokens:,} tokens with a loss, "

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loradock_adapters.errors import UsageError
-from loradock_train.before import load_data
+from loradock_train.before import load_data, open_rows
 from loradock_train.blueprint import blueprint
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import load_config
@@ -28,7 +28,7 @@ from loradock_train.model import EMBEDDING_NAMES, check_machine
 from loradock_train.parameters import ParameterCount, count_parameters
 from loradock_train.placement import DEFAULT_TARGET, Forecast, Target, foretell
 from loradock_train.rewrite import Change, advise_rank, propose, untie
-from loradock_train.rows import Rows, read_rows
+from loradock_train.rows import Rows
 from loradock_train.tokenizer import make_tokenizer
 
 MAX_ROUNDS = 4
@@ -100,7 +100,7 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target = DEFA
     except ModelError as error:
         report.problems.append(Problem("machine", str(error)))
     try:
-        rows = read_rows(config.train_path, config.format, "train_path")
+        rows, _ = open_rows(config)
         tokenizer = make_tokenizer(config, rows)
     except (DataError, ModelError) as error:
         report.problems.extend(_problems(error, "model"))

@@ -57,6 +57,13 @@ class TrainConfig(Section):
     valid_path: Paths | None = None
     """Validation data, in the same format. Default none: no validation loss."""
 
+    streaming: bool = False
+    """Read the training data while the run goes on, and never hold it as a whole. Needs max_steps, max_time_s or
+    num_epochs. Default false."""
+
+    shuffle_buffer: int = Field(default=2000, ge=1)
+    """Rows of a stream that are read, shuffled and packed together (at most 8 MiB of text). Default 2000, minimum 1."""
+
     format: Literal["auto", "chat", "instruction", "completion", "text"] = "auto"
     """What the rows are. `auto` decides by the keys, and every row must agree. Default auto."""
 
@@ -259,6 +266,22 @@ class TrainConfig(Section):
     def _template_has_instruction(self) -> Self:
         if self.prompt_template is not None and "{instruction}" not in self.prompt_template:
             raise ValueError("prompt_template must contain {instruction} (and {input} where rows have one)")
+        return self
+
+    @model_validator(mode="after")
+    def _stream_ends(self) -> Self:
+        if not self.streaming:
+            return self
+        if self.num_epochs is None and self.max_steps is None and self.max_time_s is None:
+            raise ValueError(
+                "streaming needs max_steps, max_time_s or num_epochs: how many steps a stream has is not known before "
+                "it was read"
+            )
+        if self.num_epochs is not None and self.num_epochs % 1:
+            raise ValueError(
+                f"num_epochs: {self.num_epochs:g} of a stream: it is read in whole passes; give a whole number, or "
+                "max_steps"
+            )
         return self
 
     @model_validator(mode="after")

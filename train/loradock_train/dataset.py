@@ -5,7 +5,7 @@ Also the collator, which pads a batch to its own longest row. Knows nothing of m
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import datasets  # type: ignore[import-untyped]
@@ -40,6 +40,13 @@ class DataReport:
     """What was packed into the rows; num_examples where nothing was packed."""
     sha256: str
 
+    def plus(self, other: "DataReport") -> "DataReport":
+        """Of the rows of both: parts of one split."""
+        mine, theirs = asdict(self), asdict(other)
+        sums = {name: value + theirs[name] for name, value in mine.items() if isinstance(value, int)}
+        sums["longest_tokens"] = max(self.longest_tokens, other.longest_tokens)
+        return replace(self, **sums)
+
     def notices(self, key: str, context_length: int) -> list[str]:
         """What the user must hear about."""
         told: list[str] = []
@@ -66,9 +73,10 @@ def build_dataset(
     on_long_rows: Literal["error", "truncate", "drop"],
     packing: bool,
     key: str,
+    is_part: bool = False,
 ) -> tuple[datasets.Dataset, DataReport]:
     """Encode every row. Raises DataError for rows over context_length (unless told otherwise) or without a learnt
-    token."""
+    token. is_part: more rows come, so that these alone may be left out entirely."""
     examples = [encoder.encode(row, rows.format) for row in rows.rows]
     longest = max(len(example.input_ids) for example in examples)
     split = 0
@@ -82,7 +90,7 @@ def build_dataset(
         packed = pack([len(example.input_ids) for example in kept], context_length)
         joined = [join([kept[index] for index in row]) for row in packed]
         kept, positions = [example for example, _ in joined], [positions for _, positions in joined]
-    if not kept or not any(example.num_trained_tokens for example in kept):
+    if not is_part and not any(example.num_trained_tokens for example in kept):
         raise DataError(f"{key} has nothing to learn:", [Problem(key, f"no row fits into {context_length} tokens")])
     report = DataReport(
         format=rows.format,

@@ -66,7 +66,7 @@ class Encoder:
         if row_format == "chat":
             return self._chat(row)
         if row_format == "text":
-            return self._text(row.values["text"])
+            return self._text(row.values["text"], row.is_continued)
         prompt, answer = prompt_and_answer(row, row_format, self.prompt_template)
         return self._completion(prompt, answer)
 
@@ -86,8 +86,9 @@ class Encoder:
     def _eos(self) -> list[int]:
         return [self.tokenizer.eos_token_id] if self.append_eos and self.tokenizer.eos_token_id is not None else []
 
-    def _text(self, text: str) -> Example:
-        ids = without_trailing_eos(self._ids(text), self.tokenizer.eos_token_id) + self._eos()
+    def _text(self, text: str, is_continued: bool) -> Example:
+        ids = without_trailing_eos(self._ids(text), self.tokenizer.eos_token_id)
+        ids += [] if is_continued else self._eos()
         return Example(ids, list(ids))
 
     def _completion(self, prompt: str, answer: str) -> Example:

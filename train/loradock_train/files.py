@@ -22,6 +22,8 @@ COMPRESSIONS = ("", ".gz", ".zst")
 ENDINGS = tuple(kind + compression for kind in KINDS for compression in COMPRESSIONS)
 EXPECTED = "a .jsonl or .txt file (as it is, or .gz or .zst), or a directory of them"
 CHUNK_BYTES = 1 << 16
+PORTION_BYTES = 512
+"""Decompressed at once: what is a thousand times smaller must not fill the memory."""
 HASHED_WHOLE_BYTES = 8 << 20
 """Files up to this size are hashed whole; of longer ones the size and this much of both ends."""
 
@@ -51,7 +53,7 @@ class DataFile:
         if is_url(self.name):
             filesystem, path = _filesystem(self.name)
             with filesystem.open(path, "rb") as file:
-                yield file
+                yield cast(BinaryIO, io.BufferedReader(file, CHUNK_BYTES))  # fsspec's own readline takes no limit
         else:
             with Path(self.name).open("rb") as file:
                 yield file
@@ -91,8 +93,9 @@ class Decompressor(io.RawIOBase):
     def __init__(self, raw: BinaryIO, name: str) -> None:
         self._raw, self._name = raw, name
         self._part: Any = None
-        self._pending, self._read_bytes, self._made_bytes = b"", 0, 0
+        self._input, self._pending, self._read_bytes, self._made_bytes = b"", b"", 0, 0
         self._marks: deque[tuple[int, int]] = deque([(0, 0)])
+        """For each chunk read: bytes that those before it made, and bytes read with it."""
 
     def readable(self) -> bool:
         return True
@@ -102,15 +105,17 @@ class Decompressor(io.RawIOBase):
 
     def readinto(self, target: Any) -> int:
         while not self._pending:
-            chunk = self._raw.read(CHUNK_BYTES)
-            if not chunk:
+            if not self._input:
+                self._input = self._raw.read(CHUNK_BYTES)
+                self._read_bytes += len(self._input)
+                self._marks.append((self._made_bytes, self._read_bytes))
+            if not self._input:
                 if self._part is not None:
                     raise self._broken("ends in the middle")
                 return 0
-            self._read_bytes += len(chunk)
-            self._pending = self._decompress(chunk)
+            portion, self._input = self._input[:PORTION_BYTES], self._input[PORTION_BYTES:]
+            self._pending = self._decompress(portion)
             self._made_bytes += len(self._pending)
-            self._marks.append((self._made_bytes, self._read_bytes))
         count = min(len(target), len(self._pending))
         target[:count], self._pending = self._pending[:count], self._pending[count:]
         return count
@@ -118,7 +123,7 @@ class Decompressor(io.RawIOBase):
     def stored_bytes_at(self, offset: int) -> int:
         """How much of the file makes the data up to `offset`: a function of the file alone, not of how it was read.
         Offsets are asked for in rising order."""
-        while self._marks[0][0] < offset:
+        while len(self._marks) > 1 and self._marks[1][0] < offset:
             self._marks.popleft()
         return self._marks[0][1]
 

@@ -14,17 +14,18 @@ from loradock_train.before import RunData
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import Collator
 from loradock_train.errors import RunStopped
+from loradock_train.feed import Batching, Collate, Feed, Place
 from loradock_train.loss import can_own_loss
 from loradock_train.model import (
     Precision,
     inner_model,
 )
 from loradock_train.order import Order
-from loradock_train.processes import is_main, world_size
+from loradock_train.processes import is_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
 from loradock_train.report import Outcome
 from loradock_train.saves import Position, Save
-from loradock_train.schedule import learning_rate_factor, length_of
+from loradock_train.schedule import learning_rate_factor, length_of, length_of_stream
 from loradock_train.scoring import Scoring
 from loradock_train.stop import Saver, StopRequest
 from loradock_train.tokenizer import padding_id
@@ -51,7 +52,12 @@ def fit(
     ids, pixels = loss_sample(data.train, data.processor)
     pixels = {name: value.to(model.device) for name, value in pixels.items()}
     use_own = can_own_loss(inner_model(model), ids.to(model.device), pixels)
-    length = length_of(config, len(data.train), num_devices=world_size())
+    feed = None if data.stream is None else _feed(config, data, collate, save)
+    length = (
+        length_of(config, len(data.train), num_devices=world_size())
+        if feed is None
+        else length_of_stream(config, lambda: feed.place.passes)
+    )
     meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)
     history = [] if save is None else save.position.history
     reporter = Reporter(directory / "metrics.jsonl" if is_main() else None, length, meter, console, history)
@@ -63,6 +69,7 @@ def fit(
         trainer = LoradockTrainer(
             rate=lambda step: learning_rate_factor(config, length, step, clock()),
             order=_order(config, data.train),
+            feed=feed,
             steps_per_epoch=length.steps_per_epoch,
             meter=meter,
             reporter=reporter,
@@ -94,8 +101,32 @@ def fit(
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     scored = scoring.end(steps)
     return Outcome(
-        steps, steps / length.steps_per_epoch, meter.elapsed_s, meter.tokens, reporter.history, use_own, device, scored
+        steps=steps,
+        epochs=steps / length.steps_per_epoch if feed is None else feed.place.passes,
+        seconds=meter.elapsed_s,
+        tokens=meter.tokens,
+        history=reporter.history,
+        used_own_loss=use_own,
+        device=device,
+        stream_report=None if feed is None else feed.report,
+        scored=scored,
     )
+
+
+def _feed(config: TrainConfig, data: RunData, collate: Collate, save: Save | None) -> Feed:
+    assert data.stream is not None
+    assert data.encode is not None
+    batching = Batching(
+        rows_per_batch=config.train_batch_size_per_device,
+        batches_per_step=config.gradient_accumulation_steps,
+        by_length=config.group_by_length,
+        seed=config.seed,
+        num_epochs=None if config.num_epochs is None else int(config.num_epochs),
+        rank=rank(),
+        world_size=world_size(),
+    )
+    place = Place() if save is None or save.position.stream is None else Place(**save.position.stream)
+    return Feed(data.stream, data.encode, collate, batching, data.splits["train"].sha256, place)
 
 
 def _order(config: TrainConfig, rows: datasets.Dataset) -> Order:

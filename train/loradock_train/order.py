@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 
 MEGABATCH_UNITS = 50
 """Steps whose rows are sorted by length together. More pads less, and mixes less."""
-_ORDER, _STEP = 1, 2  # so that no epoch shares its numbers with a step
+_ORDER, _STEP, _BLOCK, _SHARDS = 1, 2, 3, 4  # so that no epoch shares its numbers with a step
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,21 @@ class Order:
         not fit into memory fails at once; steps of fewer rows come last."""
         chance = np.random.default_rng((self.seed, _ORDER, epoch))
         rows = chance.permutation(len(self.lengths))
-        if not self.by_length:
-            return [int(row) for row in rows]
+        return [int(row) for row in (self._by_length(rows, chance) if self.by_length else rows)]
+
+    def of_block(self, epoch: int, block: int, before: int) -> list[int]:
+        """The same for a part of a stream. before: rows that the run took before it; the first rows here fill up the
+        step that those left ragged, so that later steps begin where rows of like length do."""
+        chance = np.random.default_rng((self.seed, _BLOCK, epoch, block))
+        rows = chance.permutation(len(self.lengths))
+        if self.by_length:
+            lead = -before % self.rows_per_step
+            rows = np.concatenate([rows[:lead], self._by_length(rows[lead:], chance)])
+        return [int(row) for row in rows]
+
+    def _by_length(self, rows: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+        if not len(rows):
+            return rows
         lengths = np.asarray(self.lengths)
         size = self.rows_per_step * max(1, min(len(rows) // (4 * self.rows_per_step), MEGABATCH_UNITS))
         steps: list[np.ndarray] = []
@@ -49,7 +62,13 @@ class Order:
         ragged = [step for step in steps if len(step) < self.rows_per_step]
         whole = [whole[int(index)] for index in chance.permutation(len(whole))]
         whole.sort(key=lambda step: int(lengths[step].max()) < int(lengths.max()))  # stable: only the longest move
-        return [int(row) for step in (*whole, *ragged) for row in step]
+        return np.concatenate([*whole, *ragged])
+
+
+def shard_order(num_shards: int, seed: int, epoch: int) -> list[int]:
+    """In which order a pass reads the files of a stream."""
+    chance = np.random.default_rng((seed, _SHARDS, epoch))
+    return [int(shard) for shard in chance.permutation(num_shards)]
 
 
 FILLER = -1

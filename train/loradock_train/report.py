@@ -40,6 +40,8 @@ class Outcome:
     used_own_loss: bool
     device: str
     scored: Scored
+    stream_report: DataReport | None = None
+    """Of all rows that were read from a stream."""
 
 
 def summarise(

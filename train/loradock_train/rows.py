@@ -29,6 +29,8 @@ class Row:
     line: int
     """1-based; 0 for a .txt file, which is one document as a whole."""
     values: dict[str, Any]
+    is_continued: bool = False
+    """A piece of a text that goes on in the next row: no end-of-text token stands behind it."""
 
     @property
     def where(self) -> str:
@@ -72,22 +74,23 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
         files.append((file.name, sha256))
         rows.extend(_read_file(file, content, problems))
     if problems:
-        raise DataError(f"{key} has {_count(len(problems), 'broken line')}:", problems)
+        raise DataError(f"{key} has {count_of(len(problems), 'broken line')}:", problems)
     if not rows:
         raise DataError(f"{key} has no data:", [Problem(path, "no rows") for path in paths])
     found = decide_format(rows, wanted, key)
     problems = [problem for row in rows for problem in check_row(row, found)]
     if problems:
-        raise DataError(f"{key} has {_count(len(problems), 'problem')}:", problems)
+        raise DataError(f"{key} has {count_of(len(problems), 'problem')}:", problems)
     images = image_files([source for row in rows for source in row.images])
     for _, sha256 in images:
         digest.update(bytes.fromhex(sha256))
     old = sum(found == "chat" and has_functions(row.values) for row in rows)
-    notices = (f"{key}: {_count(old, 'row')} with the old functions and function_call read as tools and tool_calls",)
+    notices = (f"{key}: {count_of(old, 'row')} with the old functions and function_call read as tools and tool_calls",)
     return Rows(found, tuple(rows), digest.hexdigest(), (*files, *images), notices if old else ())
 
 
-def _count(number: int, noun: str) -> str:
+def count_of(number: int, noun: str) -> str:
+    """`3 problems`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
@@ -136,7 +139,7 @@ def decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: st
             keys = ", ".join(sorted(row.values)) or "none"
             problems.append(Problem(row.where, f"no messages, instruction, prompt or text key (its keys: {keys})"))
     if problems:
-        raise DataError(f"{key} has {_count(len(problems), 'row')} of unknown format:", problems)
+        raise DataError(f"{key} has {count_of(len(problems), 'row')} of unknown format:", problems)
     if len(first) > 1:
         raise DataError(
             f"{key} mixes formats; all rows must share one:",

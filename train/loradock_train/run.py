@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from loradock_train.after import export, write_text
-from loradock_train.before import announce, check_packing, load_data, prepare_model
+from loradock_train.before import announce, check_packing, load_data, open_rows, prepare_model
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.cost import SpendMeter, cost_of, told
@@ -46,7 +46,6 @@ from loradock_train.plot import plot_loss
 from loradock_train.processes import connected, is_main, on_main
 from loradock_train.proof import Proof, probe_logits
 from loradock_train.report import summarise, versions
-from loradock_train.rows import read_rows
 from loradock_train.rundir import check_output, prepare_output
 from loradock_train.saves import (
     FOLDER,
@@ -159,16 +158,17 @@ def _train_here(
 
     check_machine(config)
     architecture = None if config.model_id is None else base_config(config)
-    rows = read_rows(config.train_path, config.format, "train_path")
+    rows, stream = open_rows(config)
     tokenizer = make_tokenizer(config, rows)
     if architecture is not None:
         check_base(architecture, len(tokenizer), config.context_length)
     processor = make_processor(config, architecture, rows, tokenizer)
-    data = load_data(config, rows, tokenizer, processor)
+    data = load_data(config, rows, tokenizer, processor, stream)
     for split in data.splits.values():
         notices.extend(split.notices)
     for key, report in data.reports.items():
-        notices.extend(report.notices(key, config.context_length))
+        if stream is None or key != "train":
+            notices.extend(report.notices(key, config.context_length))
 
     identity = identity_of(config, data.splits, tokenizer_sha256(tokenizer), versions())
     check_alike(identity)
@@ -192,7 +192,10 @@ def _train_here(
     outcome = fit(config, model, tokenizer, data, precision, directory, console, save, write)
 
     trained_logits = probe_logits(model, data.probes, data.probe_pixels)
-    summary = summarise(config, model, data.reports, precision, outcome, notices)
+    reports = data.reports if outcome.stream_report is None else data.reports | {"train": outcome.stream_report}
+    if outcome.stream_report is not None:
+        notices.extend(outcome.stream_report.notices("train_path", config.context_length))
+    summary = summarise(config, model, reports, precision, outcome, notices)
 
     def finish() -> Run:
         proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))

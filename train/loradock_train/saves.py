@@ -76,6 +76,8 @@ class Position:
     """The lines of metrics.jsonl."""
     loss_sums: list[float] = field(default_factory=list)
     """loss_sum of every process, where there are several."""
+    stream: dict[str, Any] | None = None
+    """Where in the stream (feed.Place); None for data in memory."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """How long a run lasts and what the learning rate is at each moment. Pure arithmetic: no torch, no clock."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from loradock_train.config import TrainConfig
 
@@ -16,6 +17,8 @@ class Length:
     max_steps: int
     """UNLIMITED_STEPS where only the clock ends the run."""
     max_time_s: float | None
+    share: Callable[[], float] = field(default=lambda: 0.0, repr=False)
+    """Of the passes over a stream that are behind; nobody knows how many steps they are."""
 
     @property
     def is_clock_bound(self) -> bool:
@@ -26,7 +29,7 @@ class Length:
         """Share of the run that is behind us, by whichever limit is nearer: 0 to 1."""
         by_steps = step / self.max_steps
         by_clock = elapsed_s / self.max_time_s if self.max_time_s is not None else 0.0
-        return min(1.0, max(by_steps, by_clock))
+        return min(1.0, max(by_steps, by_clock, self.share()))
 
 
 def length_of(config: TrainConfig, num_examples: int, num_devices: int) -> Length:
@@ -39,6 +42,13 @@ def length_of(config: TrainConfig, num_examples: int, num_devices: int) -> Lengt
     if config.max_steps is not None:
         limits.append(config.max_steps)
     return Length(steps_per_epoch, min(limits), config.max_time_s)
+
+
+def length_of_stream(config: TrainConfig, passes: Callable[[], float]) -> Length:
+    """The limits of a run over a stream, whose steps are not known. passes: over the stream, so far."""
+    limit = config.num_epochs
+    share = (lambda: passes() / limit) if limit is not None else (lambda: 0.0)
+    return Length(UNLIMITED_STEPS, config.max_steps or UNLIMITED_STEPS, config.max_time_s, share)
 
 
 def warmup_factor(step: int, progress: float, warmup_steps: float) -> float:

@@ -7,6 +7,7 @@ What to do with the trained model is export.py's and run.py's work; what a save 
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from transformers import (
 from loradock_train.agree import Agreement, share_loader
 from loradock_train.config import TrainConfig
 from loradock_train.encode import IGNORED
+from loradock_train.feed import Feed
 from loradock_train.loss import own_loss
 from loradock_train.model import Precision
 from loradock_train.order import EpochSampler, Order, seed_step
@@ -36,6 +38,9 @@ from loradock_train.progress import Meter, Reporter
 from loradock_train.saves import Position, Save, load_weights
 from loradock_train.schedule import Length
 from loradock_train.stop import Saver
+
+STREAM_EVAL_STEPS = 500
+"""Steps between two validations of a stream of which the number of steps is not known."""
 
 
 class LoradockTrainer(Trainer):
@@ -59,6 +64,7 @@ class LoradockTrainer(Trainer):
         write: Callable[[Position, Callable[[Path], None]], Path],
         score: Callable[[nn.Module], dict[str, float]] | None = None,
         keeper: TrainerCallback | None = None,
+        feed: Feed | None = None,
         **options: Any,
     ) -> None:
         """score: metrics of the run's task. keeper: told of every validation."""
@@ -68,6 +74,8 @@ class LoradockTrainer(Trainer):
         """Step and directory."""
         self._rate, self._order, self._steps_per_epoch = rate, order, steps_per_epoch
         self._reporter, self._write = reporter, write
+        self.feed = feed
+        """Of a stream, instead of order and train_dataset."""
         self._resumed: Position | None = None
         callbacks = [reporter, saver, _Hooks(self), *([] if keeper is None else [keeper]), agreement]
         super().__init__(**options, callbacks=callbacks)
@@ -84,7 +92,10 @@ class LoradockTrainer(Trainer):
         return EpochSampler(self._order, lambda: self.state.global_step // self._steps_per_epoch)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Several processes: ours, since accelerate fills a ragged last batch with rows that were learnt already."""
+        """A stream's feed as it is: accelerate's loader would be a batch ahead of the step, and of its save. Several
+        processes: ours, since accelerate fills a ragged last batch with rows that were learnt already."""
+        if self.feed is not None:
+            return cast(DataLoader[Any], self.feed)
         if world_size() == 1:
             return super().get_train_dataloader()
         sampler = self._get_train_sampler()
@@ -107,6 +118,7 @@ class LoradockTrainer(Trainer):
             logged_step=self._globalstep_last_logged,
             history=self._reporter.history,
             loss_sums=loss_sums,
+            stream=None if self.feed is None else asdict(self.feed.place),
         )
         self.last_save = (position.step, on_main(lambda: self._write(position, self._fill)))
 
@@ -194,6 +206,15 @@ class _Hooks(TrainerCallback):
     ) -> None:
         seed_step(args.seed, state.global_step, args.process_index)
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        feed = self._trainer.feed
+        if feed is not None:
+            state.epoch = feed.place.passes
+            control.should_training_stop = control.should_training_stop or feed.is_over
+        return control
+
 
 def training_arguments(config: TrainConfig, length: Length, precision: Precision, directory: Path) -> TrainingArguments:
     """Our config in transformers' words. Nothing is reported, saved or measured that we do not ask for."""
@@ -202,6 +223,8 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
     else:
         # The end of an epoch is a step, too: so its validation comes before the step's save, and not twice on resume.
         steps = config.eval_steps if config.eval_steps is not None else length.steps_per_epoch
+        if config.streaming and config.eval_steps is None:
+            steps = STREAM_EVAL_STEPS if length.is_clock_bound else max(1, math.ceil(length.max_steps / 10))
         evaluation = {"eval_strategy": "steps", "eval_steps": steps}
     has_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
@@ -229,6 +252,7 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # would look for them at every step; all that is trained is used
+        ignore_data_skip=config.streaming,  # its feed goes on by itself
         dataloader_pin_memory=has_gpu,
         **evaluation,
     )

@@ -35,13 +35,17 @@ def data(
     from rich.console import Console
 
     from loradock_adapters.console import note, out_json
+    from loradock_train.before import open_rows
     from loradock_train.doctor import examine
     from loradock_train.model import base_config
     from loradock_train.rows import read_rows
     from loradock_train.tokenizer import make_tokenizer
     from loradock_train.vision import make_encoder, make_processor
 
-    splits = {"train": read_rows(loaded.train_path, loaded.format, "train_path")}
+    rows_of_training, stream = open_rows(loaded)
+    if stream is not None:
+        notices.append(f"a stream: what follows is its first block, {len(rows_of_training.rows):,} rows")
+    splits = {"train": rows_of_training}
     if loaded.valid_path is not None:
         splits["valid"] = read_rows(loaded.valid_path, splits["train"].format, "valid_path")
     tokenizer = make_tokenizer(loaded, splits["train"])
