@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple
+from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
 
 OPTIMISERS = (
@@ -93,6 +94,9 @@ class TrainConfig(Section):
 
     task: TaskOptions | None = None
     """What the validation rows are scored by, beside the loss. Default none."""
+
+    similarity: SimilarityOptions | None = None
+    """Score answers against the true ones before and after training, by meaning. Default none."""
 
     padding_side: Literal["right", "left"] = "right"
     """Where short rows of a batch are filled up. The loss is the same on either side. Default right."""
@@ -289,6 +293,8 @@ class TrainConfig(Section):
         asked = [name for name in ("task", "early_stopping", "best_by") if getattr(self, name) is not None]
         if asked and self.valid_path is None:
             raise ValueError(f"{asked[0]} needs valid_path: the rows that are scored")
+        if self.similarity is not None and self.similarity.path is None and self.valid_path is None:
+            raise ValueError("similarity needs similarity.path or valid_path: the rows that are asked")
         known = ("eval_loss", *(METRICS[self.task.kind] if self.task is not None else ()))
         if self.best_by is not None and self.best_by not in known:
             raise ValueError(f"best_by {self.best_by}: this run has {', '.join(known)}; task: gives more")

@@ -18,6 +18,7 @@ from loradock_adapters.errors import UsageError
 from loradock_adapters.strict_config import parse_value, read_yaml
 from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
+from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_task import EarlyStopping, TaskOptions
 from loradock_train.errors import ConfigError, Problem
 from loradock_train.files import is_url
@@ -28,6 +29,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "lora_config": LoraOptions,
     "tokenizer": TokenizerOptions,
     "task": TaskOptions,
+    "similarity": SimilarityOptions,
     "early_stopping": EarlyStopping,
 }
 
@@ -192,15 +194,29 @@ def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
         if not file.is_file():
             raise ConfigError("the config has 1 problem:", [Problem("chat_template", f"no such file: {file}")])
         update["chat_template"] = file.read_text(encoding="utf-8")
+    asked: tuple[str, ...] = ()
+    if config.similarity is not None:
+        found = _resolve_similarity(config.similarity, folder)
+        update["similarity"], asked = found, found.path or ()
+    named = {"train_path": update["train_path"], "valid_path": update.get("valid_path", ()), "similarity.path": asked}
     missing = [
         Problem(key, f"no such file or directory: {path}")
-        for key in ("train_path", "valid_path")
-        for path in update.get(key, ())
+        for key, paths in named.items()
+        for path in paths
         if not is_url(path) and not Path(path).exists()
     ]
     if missing:
         raise ConfigError("the config names files that are not there:", missing)
     return config.model_copy(update=update)
+
+
+def _resolve_similarity(options: SimilarityOptions, folder: Path) -> SimilarityOptions:
+    update: dict[str, Any] = {}
+    if options.path is not None:
+        update["path"] = tuple(_data_path(path, folder) for path in options.path)
+    if options.embedder is not None:
+        update["embedder"] = _path_or_hub_id(options.embedder, folder, "similarity.embedder")
+    return options.model_copy(update=update)
 
 
 def _data_path(path: str, folder: Path) -> str:

@@ -58,6 +58,7 @@ from loradock_train.saves import (
     write_save,
 )
 from loradock_train.scoring import write_scores
+from loradock_train.similarity import make_judge
 from loradock_train.tokenizer import make_tokenizer, tokenizer_sha256
 from loradock_train.vision import make_processor
 
@@ -178,6 +179,7 @@ def _train_here(
     notices.append(foretell(model, tokenizer, config.model_id, precision.saved).line())
 
     check_packing(model, data, tokenizer)
+    judge = make_judge(config, data, model, tokenizer, precision.arithmetic)
     if save is not None:
         check_same_base(save, base_logits)
     on_main(lambda: _begin(config, directory, save))
@@ -185,6 +187,8 @@ def _train_here(
     if resume:
         where = f"resuming at step {save.position.step}" if save else "nothing was saved: beginning at step 0"
         console.print(where, markup=False, highlight=False)
+    if judge is not None and config.kind != "scratch":
+        on_main(partial(judge.score, model, directory, "before"))
     write = partial(
         write_save, directory, identity=identity, model=model, base_logits=base_logits, keep=config.keep,
         spent=spending.so_far,
@@ -198,6 +202,9 @@ def _train_here(
     summary = summarise(config, model, reports, precision, outcome, notices)
 
     def finish() -> Run:
+        if judge is not None:
+            judge.score(model, directory, "after")
+            summary.update({key: value for key, value in judge.summary().items() if key not in summary})
         proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
         write_scores(outcome.scored, data.scorer, directory)
         plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")

@@ -12,7 +12,7 @@ from loradock_train.errors import OutputError
 from loradock_train.saves import FOLDER, Save, newest_save, remove_leftovers
 from loradock_train.scoring import FILES
 
-OUR_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "run.json", *FILES, "checkpoint", FOLDER)
+OUR_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "run.json", *FILES, "similarity", "checkpoint", FOLDER)
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool) -> Save | None:

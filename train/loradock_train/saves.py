@@ -34,6 +34,7 @@ FOLDER = "saves"
 FREE_KEYS = frozenset(
     {
         "output_dir",
+        "similarity",
         "save_steps",
         "save_every_s",
         "keep",

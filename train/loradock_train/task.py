@@ -10,7 +10,7 @@ Legend: B rows of a batch, T tokens of the longest, A tokens of the longest answ
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -137,18 +137,25 @@ def log_likelihoods(
 
 
 def generate(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops: Sequence[int], pad: int
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: Sequence[int],
+    pad: int,
+    pixels: Mapping[str, Tensor] | None = None,
 ) -> list[list[int]]:
     """Greedy answers, each without what follows its stop token (nor that token). The base's own sampling defaults and
-    penalties are put aside: they would score something else than the weights."""
+    penalties are put aside: they would score something else than the weights. `pixels` are those of the prompts'
+    images."""
     ids, mask = left_padded(prompts, pad, next(model.parameters()).device)
     plain = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stops), pad_token_id=pad, use_cache=True
     )
     inner = cast(Any, inner_model(model))
+    shown = {name: value.to(ids.device) for name, value in (pixels or {}).items()}
     own, inner.generation_config = inner.generation_config, plain
     try:
-        found = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=plain)
+        found = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=plain, **shown)
     finally:
         inner.generation_config = own
     answers: list[list[int]] = []
