@@ -50,7 +50,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
             user = {"role": "user", "content": [shown, {"type": "text", "text": QUESTION}]}
             rows.append({"messages": [user, {"role": "assistant", "content": colour}]})
     (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {"model_id": str(base), "train_path": str(root / "rows.jsonl"), "valid_path": str(root / "rows.jsonl")}
+    data = str(root / "rows.jsonl")
+    common: dict[str, Any] = {"model_id": str(base), "train_path": data, "valid_path": data}
     common |= {"mixed_precision": "no", "context_length": 64, "train_batch_size_per_device": 8, "eval_steps": 1000}
     common["similarity"] = {"max_new_tokens": 12, "embedder": str(base)}
     lora = {"r": 8, "lora_alpha": 64, "use_rslora": True, "lora_dropout": 0.1, "init_lora_weights": "gaussian"}
