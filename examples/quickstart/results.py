@@ -7,7 +7,7 @@ import shlex
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from asking import MAX_ANSWER_TOKENS, TASKS, Answers, Question
@@ -17,6 +17,12 @@ BASE = "base"
 
 # What `--check` asserts.
 MIN_GAIN = 0.25
+LORA_BELOW_FULL = 0.15
+"""LoRA may score this much less than full-parameter training."""
+MIN_SIZE_RATIO = 20.0
+"""The full checkpoint over LoRA's."""
+NUM_COMPARED = 12
+"""Held-out prompts whose served tokens are compared with those of transformers and PEFT."""
 MIN_ROWS = 100
 MAX_FIRST_TOKEN_S = 3.0
 MIN_DIFFERENT = 0.9
@@ -24,19 +30,19 @@ MIN_DIFFERENT = 0.9
 
 @dataclass(frozen=True)
 class FineTune:
-    """One of the three: the name it is pushed under, its task, and the YAML (and run) it comes from."""
+    """One of the three: the name it is pushed under, its task, and its run."""
 
     name: str
     task: str
-    yaml: str
+    run: str
     placement: str
     """Where it must end up."""
 
 
 FINE_TUNES = (
-    FineTune("packages", "packages", "packages-lora", "shared"),
+    FineTune("packages", "packages", "packages/lora", "shared"),
     FineTune("keywords", "keywords", "keywords-lora", "shared"),
-    FineTune("packages-full", "packages", "packages-full", "dedicated"),
+    FineTune("packages-full", "packages", "packages/full", "dedicated"),
 )
 MODELS = (BASE, *(fine_tune.name for fine_tune in FINE_TUNES))
 
@@ -59,11 +65,11 @@ class Paths:
     def server_log(self) -> Path:
         return self.root / "serve.log"
 
-    def run(self, yaml: str) -> Path:
-        return self.root / "runs" / yaml
+    def run(self, name: str) -> Path:
+        return self.root / "runs" / name
 
-    def checkpoint(self, yaml: str) -> Path:
-        return self.run(yaml) / "checkpoint"
+    def checkpoint(self, run: str) -> Path:
+        return self.run(run) / "checkpoint"
 
     def clear(self) -> None:
         """Take away what an earlier run made here, and nothing else."""
@@ -87,6 +93,10 @@ class Result:
     first_token_s: dict[str, float]
     """Model to seconds from the start of its push to the first token of its first answer."""
     placement: dict[str, str]
+    disagreements: dict[str, int] = field(default_factory=dict)
+    """Model to held-out prompts whose served tokens are not those of transformers and PEFT."""
+    size_ratio: float | None = None
+    """The full checkpoint's bytes over LoRA's."""
 
 
 def score(answers: Answers, model: str, questions: Sequence[Question], task: str) -> float:
@@ -118,10 +128,10 @@ def results_table(result: Result, paths: Paths) -> Table:
         table.add_column(column)
     for column in ("best constant", "before (base)", "after", "push to first token"):
         table.add_column(column, justify="right")
-    rows = [(BASE, BASE, list(TASKS)), *((f.name, f.yaml, [f.task]) for f in FINE_TUNES)]
-    for name, yaml, tasks in rows:
-        seconds = json.loads((paths.run(yaml) / "run.json").read_text())["train_seconds"]
-        cells = [name, " / ".join(tasks), result.placement.get(name, "?"), size_of(paths.checkpoint(yaml))]
+    rows = [(BASE, BASE, list(TASKS)), *((f.name, f.run, [f.task]) for f in FINE_TUNES)]
+    for name, run, tasks in rows:
+        seconds = json.loads((paths.run(run) / "run.json").read_text())["train_seconds"]
+        cells = [name, " / ".join(tasks), result.placement.get(name, "?"), size_of(paths.checkpoint(run))]
         scores = (
             [best_constant(result.questions, task) for task in tasks],
             [score(result.before, BASE, result.questions, task) for task in tasks],
@@ -155,10 +165,30 @@ def problems_with(result: Result) -> list[str]:
         if fine_tune.placement == "shared" and result.first_token_s[name] > MAX_FIRST_TOKEN_S:
             took = f"{result.first_token_s[name]:.1f} s"
             problems.append(f"{name}: first token {took} after its push, {MAX_FIRST_TOKEN_S:.0f} s are promised")
+    problems += _problems_between(result)
     one, other = (fine_tune.name for fine_tune in FINE_TUNES if fine_tune.placement == "shared")
     different = difference(result.after, one, other, result.questions)
     if different < MIN_DIFFERENT:
         problems.append(f"{one} and {other}: only {different:.0%} of answers differ, {MIN_DIFFERENT:.0%} are promised")
+    return problems
+
+
+def _problems_between(result: Result) -> list[str]:
+    """LoRA against full-parameter training, and the server against transformers and PEFT."""
+    problems: list[str] = []
+    lora, full = (score(result.after, name, result.questions, "packages") for name in ("packages", "packages-full"))
+    if lora < full - LORA_BELOW_FULL:
+        problems.append(f"packages: {lora:.2f} is more than {LORA_BELOW_FULL:.2f} below full training, {full:.2f}")
+    if result.size_ratio is None or result.size_ratio < MIN_SIZE_RATIO:
+        told = "not known" if result.size_ratio is None else f"{result.size_ratio:.1f} times"
+        problems.append(
+            f"packages-full: its checkpoint is {told} that of LoRA, {MIN_SIZE_RATIO:.0f} times are promised"
+        )
+    for name in ("packages", "packages-full"):
+        wrong = result.disagreements.get(name)
+        if wrong != 0:
+            told = "nobody compared them" if wrong is None else f"{wrong} of {NUM_COMPARED} differ"
+            problems.append(f"{name}: tokens served against those of transformers and PEFT: {told}")
     return problems
 
 

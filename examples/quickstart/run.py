@@ -9,6 +9,7 @@ OpenAI client. Knows nothing of how models are trained or served. Every run star
 
 import argparse
 import asyncio
+import json
 import os
 import shlex
 import shutil
@@ -25,11 +26,12 @@ from typing import Any
 
 import httpx
 import openai
-from asking import NoAnswerError, ask, ask_everyone, openai_client, read_questions
+from asking import NoAnswerError, Question, ask, ask_everyone, openai_client, read_questions
 from results import (
     BASE,
     FINE_TUNES,
     MODELS,
+    NUM_COMPARED,
     FineTune,
     Paths,
     Result,
@@ -40,12 +42,15 @@ from results import (
 )
 from rich.console import Console
 from rich.markup import escape
+from truth import disagreements, served_tokens
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_WORKDIR = Path(".quickstart")
 DEFAULT_PORT = 8080
 HEALTHY_WITHIN_S = 600.0
 STOPPED_WITHIN_S = 60.0
+FULL_LEARNING_RATE = "6e-4"
+"""On a real base a tenth of LoRA's would do: the duel's own rule. This one is a toy, trained for minutes."""
 
 console = Console()
 
@@ -91,11 +96,24 @@ def make_data(paths: Paths) -> None:
 def train(paths: Paths, yaml: str, title: str, task: str) -> None:
     say(title)
     command = [program(), "train", os.path.relpath(HERE / f"{yaml}.yaml"), "--output", str(paths.run(yaml))]
-    if paths.root.resolve() != (HERE / "../.." / DEFAULT_WORKDIR).resolve():  # the YAMLs name the usual place
-        file = "base.jsonl" if yaml == BASE else f"{task}-train.jsonl"
-        command += ["--set", f"train_path={(paths.data / file).resolve()}"]
-        command += [] if yaml == BASE else ["--set", f"model_id={paths.checkpoint(BASE).resolve()}"]
-    run_command(command)
+    file = "base.jsonl" if yaml == BASE else f"{task}-train.jsonl"
+    model = {} if yaml == BASE else {"model_id": paths.checkpoint(BASE)}
+    run_command(command + elsewhere(paths, {"train_path": paths.data / file, **model}))
+
+
+def elsewhere(paths: Paths, places: dict[str, Path]) -> list[str]:
+    """Options for another working directory: the YAMLs name the usual one."""
+    if paths.root.resolve() == (HERE / "../.." / DEFAULT_WORKDIR).resolve():
+        return []
+    return [word for key, path in places.items() for word in ("--set", f"{key}={path.resolve()}")]
+
+
+def duel(paths: Paths) -> None:
+    say("Duel: the task `packages` by LoRA and by full-parameter training, from one file")
+    command = [program(), "duel", os.path.relpath(HERE / "packages-lora.yaml"), "--output", str(paths.run("packages"))]
+    command += ["--full-learning-rate", FULL_LEARNING_RATE]
+    places = {"train_path": paths.data / "packages-train.jsonl", "valid_path": paths.data / "packages-heldout.jsonl"}
+    run_command(command + elsewhere(paths, {**places, "model_id": paths.checkpoint(BASE)}))
 
 
 # ---- the server ------------------------------------------------------------------------------------------------------
@@ -171,7 +189,7 @@ def require_free(port: int) -> None:
 def push(paths: Paths, address: str, fine_tune: FineTune, prompt: str) -> float:
     """Push, ask at once, and return the seconds from the push's start to the first token."""
     started_s = time.monotonic()
-    run_command([program(), "push", str(paths.run(fine_tune.yaml)), fine_tune.name, "--server", address])
+    run_command([program(), "push", str(paths.run(fine_tune.run)), fine_tune.name, "--server", address])
 
     async def first_token() -> float:
         async with openai_client(address) as client:
@@ -179,6 +197,8 @@ def push(paths: Paths, address: str, fine_tune: FineTune, prompt: str) -> float:
 
     seconds = asyncio.run(first_token()) - started_s
     console.print(f"{fine_tune.name}: first token {seconds:.1f} s after the push began", highlight=False)
+    record = {"name": fine_tune.name, "server": address, "first_token_s": round(seconds, 3)}
+    (paths.run(fine_tune.run) / "push.json").write_text(json.dumps(record) + "\n")  # for `loradock compare`
     return seconds
 
 
@@ -202,7 +222,30 @@ def serve_and_ask(paths: Paths, address: str) -> Result:
     first_token_s = {fine_tune.name: push(paths, address, fine_tune, prompt) for fine_tune in FINE_TUNES}
     say("After: all four models get each question at the same moment")
     after = asyncio.run(ask_everyone(address, MODELS, questions, console))
-    return Result(questions, before, after, first_token_s, placements(address))
+    say("Truth: transformers and PEFT answer from the same files, token by token")
+    wrong = compare_with_truth(paths, address, questions)
+    sizes = [checkpoint_bytes(paths, run) for run in ("packages/lora", "packages/full")]
+    return Result(questions, before, after, first_token_s, placements(address), wrong, sizes[1] / sizes[0])
+
+
+def compare_with_truth(paths: Paths, address: str, questions: Sequence[Question]) -> dict[str, int]:
+    """For LoRA and full: on how many held-out prompts the server says something else."""
+    prompts = [question.prompt for question in questions if question.task == "packages"][:NUM_COMPARED]
+    found = {}
+    for name, base, adapter in (
+        ("packages", paths.checkpoint(BASE), paths.checkpoint("packages/lora")),
+        ("packages-full", paths.checkpoint("packages/full"), None),
+    ):
+        served = [(prompt, served_tokens(address, name, prompt)) for prompt in prompts]
+        wrong = disagreements(base, adapter, served)
+        found[name] = len(wrong)
+        console.print(f"{name}: {len(prompts) - len(wrong)} of {len(prompts)} answers equal", highlight=False)
+    return found
+
+
+def checkpoint_bytes(paths: Paths, run: str) -> int:
+    size_bytes: int = json.loads((paths.run(run) / "run.json").read_text())["checkpoint_bytes"]
+    return size_bytes
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------------
@@ -218,6 +261,8 @@ def show(result: Result, paths: Paths) -> None:
     # As wide as it needs to be, also in a pipe: a table with cut cells says nothing.
     wide = console if console.width >= 136 else Console(width=136)
     wide.print(results_table(result, paths))
+    console.print()
+    run_command([program(), "compare", *(str(paths.run(f.run)) for f in FINE_TUNES if f.task == "packages")])
 
 
 def quickstart(paths: Paths, port: int, check: bool) -> int:
@@ -227,8 +272,8 @@ def quickstart(paths: Paths, port: int, check: bool) -> int:
     paths.clear()
     make_data(paths)
     train(paths, BASE, "Base: a small Llama from scratch, tokenizer too", "")
-    for fine_tune in FINE_TUNES:
-        train(paths, fine_tune.yaml, f"Fine-tune: {fine_tune.name}", fine_tune.task)
+    duel(paths)
+    train(paths, "keywords-lora", "Fine-tune: keywords", "keywords")
     say("Serve: one engine for the base and its adapters")
     with serving(paths, port) as address:
         result = serve_and_ask(paths, address)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ sys.path.insert(0, str(QUICKSTART))
 import results  # noqa: E402
 from asking import Question  # noqa: E402
 
-YAMLS = ("base", "packages-lora", "packages-full", "keywords-lora")
+YAMLS = ("base", "packages-lora", "keywords-lora")
 QUESTIONS = tuple(
     [Question("packages", f"lines {number}", "email" if number % 2 else "xml") for number in range(100)]
     + [Question("keywords", f"more lines {number}", "if" if number % 2 else "for") for number in range(100)]
@@ -38,7 +39,8 @@ def all_kept() -> results.Result:
     before = {(results.BASE, question): "self.x = y" for question in QUESTIONS}
     first_token_s = {"packages": 1.0, "keywords": 1.5, "packages-full": 50.0}
     placement = {"base": "shared", "packages": "shared", "keywords": "shared", "packages-full": "dedicated"}
-    return results.Result(QUESTIONS, before, after, first_token_s, placement)
+    equal = {"packages": 0, "packages-full": 0}
+    return results.Result(QUESTIONS, before, after, first_token_s, placement, equal, 31.0)
 
 
 def test_problems_with_all_promises_kept_is_empty() -> None:
@@ -84,13 +86,13 @@ def test_problems_with_a_slow_push_or_a_wrong_placement_are_told() -> None:
 
 def test_problems_with_few_rows_are_told() -> None:
     result = all_kept()
-    few = results.Result(QUESTIONS[1:], result.before, result.after, result.first_token_s, result.placement)
+    few = replace(result, questions=QUESTIONS[1:])
     assert "packages: 99 held-out rows, at least 100 are promised" in results.problems_with(few)
 
 
 def test_results_table_shows_every_model_with_its_scores(tmp_path: Path) -> None:
     paths = results.Paths(tmp_path)
-    for name in ("base", *(fine_tune.yaml for fine_tune in results.FINE_TUNES)):
+    for name in ("base", *(fine_tune.run for fine_tune in results.FINE_TUNES)):
         paths.checkpoint(name).mkdir(parents=True)
         (paths.checkpoint(name) / "model.safetensors").write_bytes(bytes(1_500_000))
         (paths.run(name) / "run.json").write_text(json.dumps({"train_seconds": 41.6}))
@@ -114,8 +116,9 @@ def test_every_yaml_is_a_valid_config(name: str, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("{}\n")
     overrides = [f"train_path={rows}"] + ([] if name == "base" else ["model_id=org/name"])
+    overrides += [f"valid_path={rows}"] if name == "packages-lora" else []
     config, notices = load_config(QUICKSTART / f"{name}.yaml", overrides)
-    kinds = {"base": "scratch", "packages-lora": "lora", "packages-full": "full", "keywords-lora": "lora"}
+    kinds = {"base": "scratch", "packages-lora": "lora", "keywords-lora": "lora"}
     assert config.kind == kinds[name]
     assert notices == []
 
@@ -126,12 +129,17 @@ def test_serve_yaml_is_a_valid_config_in_the_dtype_of_the_training() -> None:
     assert trained == {config.engine.dtype}
 
 
-def test_full_yaml_is_the_lora_yaml_without_lora_config_and_slower() -> None:
-    lora = yaml.safe_load((QUICKSTART / "packages-lora.yaml").read_text())
-    full = yaml.safe_load((QUICKSTART / "packages-full.yaml").read_text())
-    del lora["lora_config"]
-    assert full["learning_rate"] < lora["learning_rate"]
-    assert full | {"learning_rate": None} == lora | {"learning_rate": None}
+def test_problems_between_lora_and_full_are_told() -> None:
+    result = all_kept()
+    for question in QUESTIONS[:20]:
+        result.after["packages", question] = f"nothing {question.prompt}"
+    worse = replace(result, size_ratio=8.4, disagreements={"packages": 1})
+    assert results.problems_with(worse) == [
+        "packages: 0.80 is more than 0.15 below full training, 1.00",
+        "packages-full: its checkpoint is 8.4 times that of LoRA, 20 times are promised",
+        "packages: tokens served against those of transformers and PEFT: 1 of 12 differ",
+        "packages-full: tokens served against those of transformers and PEFT: nobody compared them",
+    ]
 
 
 def test_second_run_takes_away_what_the_server_kept_read_only(tmp_path: Path) -> None:
