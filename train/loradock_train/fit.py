@@ -29,6 +29,7 @@ from loradock_train.schedule import learning_rate_factor, length_of, length_of_s
 from loradock_train.scoring import Scoring
 from loradock_train.stop import Saver, StopRequest
 from loradock_train.tokenizer import padding_id
+from loradock_train.trackers import Trackers
 from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
 from loradock_train.vision import VisionCollator, loss_sample
 
@@ -60,7 +61,11 @@ def fit(
     )
     meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)
     history = [] if save is None else save.position.history
-    reporter = Reporter(directory / "metrics.jsonl" if is_main() else None, length, meter, console, history)
+    trackers = Trackers(
+        config.report_to if is_main() else (), directory, config.model_dump(mode="json"), history
+    )  # fmt: skip
+    path = directory / "metrics.jsonl" if is_main() else None
+    reporter = Reporter(path, length, meter, console, history, trackers.send)
     request = StopRequest()
     scoring = Scoring(config, model, data.scorer, precision.arithmetic, directory, reporter)
     scoring.begin(is_new=save is None)
@@ -97,6 +102,7 @@ def fit(
                 trainer.evaluate()
         finally:
             reporter.close()
+            trackers.close()
     model.__dict__.pop("forward", None)  # accelerate's autocast wrapper: proof and export want the bare model
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     scored = scoring.end(steps)

@@ -6,7 +6,7 @@ A transformers callback; knows nothing of data or checkpoints.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,18 @@ class Reporter(TrainerCallback):
     """Draws the bar, writes metrics.jsonl, ends the run at its time limit and at a loss that is no number."""
 
     def __init__(
-        self, path: Path | None, length: Length, meter: Meter, console: Console, history: Sequence[dict[str, Any]] = ()
+        self,
+        path: Path | None,
+        length: Length,
+        meter: Meter,
+        console: Console,
+        history: Sequence[dict[str, Any]] = (),
+        send: Callable[[dict[str, Any]], None] = lambda _line: None,
     ) -> None:
         """path: metrics.jsonl, None in processes that write nothing. history: the lines that the run wrote before it
-        was resumed."""
+        was resumed. send: is given every new line."""
         self.history: list[dict[str, Any]] = list(history)
-        self._path, self._length, self._meter = path, length, meter
+        self._path, self._length, self._meter, self._send = path, length, meter, send
         self._last_step_s = meter.elapsed_s
         self._slowest_step_s = 0.0
         columns = (
@@ -138,6 +144,7 @@ class Reporter(TrainerCallback):
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
+        self._send(entry)
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen."""

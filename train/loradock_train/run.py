@@ -60,6 +60,7 @@ from loradock_train.saves import (
 from loradock_train.scoring import write_scores
 from loradock_train.similarity import make_judge
 from loradock_train.tokenizer import make_tokenizer, tokenizer_sha256
+from loradock_train.trackers import check_trackers
 from loradock_train.vision import make_processor
 
 
@@ -158,6 +159,7 @@ def _train_here(
     set_seed(config.seed)
 
     check_machine(config)
+    check_trackers(config.report_to)
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = open_rows(config)
     tokenizer = make_tokenizer(config, rows)

@@ -12,7 +12,12 @@ from loradock_train.errors import OutputError
 from loradock_train.saves import FOLDER, Save, newest_save, remove_leftovers
 from loradock_train.scoring import FILES
 
-OUR_FILES = ("config.yaml", "metrics.jsonl", "loss.png", "run.json", *FILES, "similarity", "checkpoint", FOLDER)
+KEPT_ON_RESUME = ("trackers.json", "wandb")
+"""What a tracker needs to go on with the same run."""
+OUR_FILES = (
+    *("config.yaml", "metrics.jsonl", "loss.png", "run.json", "push.json", "tensorboard"),
+    *(*KEPT_ON_RESUME, *FILES, "similarity", "checkpoint", FOLDER),
+)
 
 
 def check_output(directory: Path, overwrite: bool, resume: bool) -> Save | None:
@@ -53,6 +58,8 @@ def prepare_output(directory: Path, save: Save | None) -> None:
         path = directory / name
         if save is not None and name == FOLDER:
             remove_leftovers(directory)
+        elif save is not None and name in KEPT_ON_RESUME:
+            continue
         elif path.is_dir():
             shutil.rmtree(path)
         else:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from loradock_adapters.commands.options import DEFAULT_SERVER, ApiKey, Server
 from loradock_train.launch import Machines
 from loradock_train.processes import is_main
 
@@ -38,6 +39,11 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<name of the YAML>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run that is there.")] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="NAME", help="Publish the run under this name when it succeeds.")
+    ] = None,
+    server: Server = DEFAULT_SERVER,
+    api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
     _schema: Annotated[
         bool,
@@ -51,10 +57,13 @@ def train(
     from loradock_train.config_file import load_config
     from loradock_train.errors import RunStopped
     from loradock_train.launch import launch, make_order, must_launch, read_summary, run_directory
+    from loradock_train.publish import check_push, told
+    from loradock_train.publish import push as push_run
 
     overrides = [*(set_ or []), *([f"num_devices={nproc}"] if nproc is not None else [])]
     machines = Machines(nodes, node_rank, master_address)
     machines.check()
+    check_push(push, server)
     resolved, notices = load_config(config, overrides)  # a typo is told before the heavy imports
     directory = run_directory(resolved, output, config.stem)
     try:
@@ -66,7 +75,7 @@ def train(
     except RunStopped as stop:
         if is_main() and node_rank == 0:
             note(f"stopped at step {stop.step}, saved in {stop.save}; resume with")
-            note(f"    {_again(config, set_, output, nproc, machines)}")
+            note(f"    {_again(config, set_, output, nproc, machines)}{_push_words(push, server)}")
         return
     if not is_main() or node_rank > 0:
         return
@@ -74,6 +83,12 @@ def train(
         out_json(read_summary(directory))
     else:
         out(str(directory / "checkpoint"))
+    if push is not None:
+        note(told(push_run(directory, push, server=server, api_key=api_key)), "green")
+
+
+def _push_words(push: str | None, server: str) -> str:
+    return "" if push is None else f" {shlex.join(['--push', push, '--server', server])}"
 
 
 def _train_here(config: Path, overrides: list[str], output: Path | None, overwrite: bool, resume: bool) -> None:
