@@ -7,6 +7,7 @@ when they are asked for.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -80,17 +81,17 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         shutil.rmtree(directory / FOLDER, ignore_errors=True)
-        self._writer = SummaryWriter(str(directory / FOLDER))  # type: ignore[no-untyped-call]
-        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory / FOLDER))
+        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2)}\n```")
         for line in history:
             self.send(line)
 
     def send(self, line: Line) -> None:
         for name, value in numbers_of(line).items():
-            self._writer.add_scalar(name, value, line["step"])  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class _Wandb:
@@ -99,7 +100,7 @@ class _Wandb:
     def __init__(
         self, directory: Path, config: Mapping[str, Any], history: Sequence[Line], state: dict[str, str]
     ) -> None:
-        import wandb
+        wandb: Any = import_module("wandb")
 
         known = state.get("wandb")
         self._run: Any = wandb.init(
@@ -141,7 +142,7 @@ class _Mlflow:
     def __init__(
         self, directory: Path, config: Mapping[str, Any], history: Sequence[Line], state: dict[str, str]
     ) -> None:
-        import mlflow
+        mlflow: Any = import_module("mlflow")
 
         self._mlflow: Any = mlflow
         known = state.get("mlflow")
