@@ -7,6 +7,7 @@ from loradock_adapters.checkpoint import MODEL_CONFIG, MODEL_INDEX, Checkpoint
 from loradock_adapters.engine_rules import VLLM_VERSION, architecture_rules
 from loradock_adapters.findings import Findings
 
+_HEAD = "ForSequenceClassification"
 _TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"})
 
 
@@ -35,7 +36,16 @@ def _judge_architecture(config: Mapping[str, object], findings: Findings) -> Non
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         findings.refuse("architectures_missing", "the config names no architectures", MODEL_CONFIG)
         return
-    if not any(architecture_rules(name) for name in names):
+    heads = [name for name in names if name.endswith(_HEAD)]
+    if heads:
+        findings.detour(
+            "classification_head",
+            "a classification head: an engine of its own serves it through POST /classify; it writes no text",
+            f"{MODEL_CONFIG}: architectures",
+        )
+    # The engine puts a head on any language model that it knows.
+    known = [*names, *(name.removesuffix(_HEAD) + "ForCausalLM" for name in heads)]
+    if not any(architecture_rules(name) for name in known):
         message = f"vLLM {VLLM_VERSION} does not list {ascii(names[0])[:80]}"
         findings.refuse("architecture_unknown", message, f"{MODEL_CONFIG}: architectures")
 
@@ -91,7 +101,9 @@ def _judge_shapes(checkpoint: Checkpoint, findings: Findings) -> None:
     found = {name.removesuffix(".weight"): info.shape for name, info in tensors.items() if name.endswith(".weight")}
     if not expected.keys() & found.keys():
         return  # another naming (a bare GPT-2 has no `transformer.`): the engine knows it, we do not
-    optional = {"lm_head"} if checkpoint.config.get("tie_word_embeddings", True) else set()
+    names = checkpoint.config.get("architectures")
+    has_head = isinstance(names, list) and any(isinstance(name, str) and name.endswith(_HEAD) for name in names)
+    optional = {"lm_head"} if has_head or checkpoint.config.get("tie_word_embeddings", True) else set()
     missing = [module for module in expected if module not in found and module not in optional]
     findings.refuse_all("weights_missing", "the config asks for it, but no file has it", missing)
     for module, shape in expected.items():

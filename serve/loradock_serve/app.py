@@ -71,7 +71,7 @@ from loradock_serve.weights import StoredWeights
 
 log = logging.getLogger("loradock.gateway")
 
-OPENAI_PATHS = (rewrite.CHAT, rewrite.COMPLETIONS, rewrite.EMBEDDINGS, rewrite.RESPONSES)
+OPENAI_PATHS = (rewrite.CHAT, rewrite.COMPLETIONS, rewrite.EMBEDDINGS, rewrite.RESPONSES, rewrite.CLASSIFY)
 
 
 @dataclass(frozen=True)

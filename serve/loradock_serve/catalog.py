@@ -21,9 +21,9 @@ from loradock_adapters.errors import InvalidNameError, NotFoundError, RegistryUn
 from loradock_adapters.names import ModelRef, parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
-from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailedError, UnfitError
+from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailedError, UnfitError, WrongTaskError
 from loradock_serve.proof import Proof
-from loradock_serve.rewrite import Behaviour
+from loradock_serve.rewrite import CHAT, CLASSIFY, COMPLETIONS, Behaviour
 from loradock_serve.shares import pick
 
 MAX_CACHED = 4096
@@ -280,6 +280,27 @@ def refuse_unfit(version: Version | None) -> None:
     proof = Proof.from_json(version.proof) if version is not None else None
     if version is not None and proof is not None and proof.state == "failed" and proof.reason is not None:
         raise ProofFailedError(f"{version.name!r} version {version.number}", proof.reason)
+
+
+def is_classifier(version: Version) -> bool:
+    """Whether it has a classification head: its engine answers `/classify`, and writes no text."""
+    return any(reason.code == "classification_head" for reason in version.reasons)
+
+
+def refuse_wrong_task(version: Version | None, name: str, path: str) -> None:
+    """WrongTaskError where it is known that no engine of this model has the path: none need be started to say so."""
+    if version is None:
+        return
+    if is_classifier(version) and path != CLASSIFY:
+        raise WrongTaskError(
+            f"{name!r} is a classifier: it writes no text and has no {path}; ask POST {CLASSIFY} "
+            '{"model": …, "input": "a text, or a list of texts"}'
+        )
+    if path == CLASSIFY and version.kind == "lora":
+        raise WrongTaskError(
+            f"{name!r} writes text and has no classes: ask POST {CHAT} or {COMPLETIONS} (a classifier is trained with "
+            "task.kind sequence_classification)"
+        )
 
 
 def version_card(version: Version, name: str, state: str) -> dict[str, Any]:

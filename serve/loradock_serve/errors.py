@@ -5,6 +5,7 @@ LoradockError
 │   └── ServeConfigError          a config file or flag of `loradock serve` is wrong
 └── GatewayError
     ├── BadRequestError           the request itself is wrong
+    │   └── WrongTaskError        a classifier is asked for text, or a model of text for classes
     ├── UnauthorizedError         no key, or a wrong one
     ├── ForbiddenError            the key, or the way in, does not allow this
     ├── ModelNotFoundError        no such model; carries near names
@@ -62,6 +63,13 @@ class BadRequestError(GatewayError):
         super().__init__(message)
         self.param = param
         self.code = code or type(self).code
+
+
+class WrongTaskError(BadRequestError):
+    """The model does another task than the one that this path asks for."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="model", code="wrong_task")
 
 
 class UnauthorizedError(GatewayError):

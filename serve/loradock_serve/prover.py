@@ -23,6 +23,7 @@ from loradock_adapters.registry import Registry, Version
 from loradock_adapters.touched import touched_tokens
 from loradock_serve import metrics
 from loradock_serve.asks import MAX_PRIORITY
+from loradock_serve.catalog import is_classifier
 from loradock_serve.engine import EngineStart
 from loradock_serve.engine_client import EngineClient
 from loradock_serve.errors import EngineError, EngineRefusedError, GatewayError, ProofFailedError
@@ -124,6 +125,8 @@ class Prover:
         except CheckpointError as error:
             return unproven(str(error))
         probe = passport.probe if passport is not None else None
+        if is_classifier(version):  # what is asked for are next tokens, and its engine has none
+            return unproven("a classification head is proven by its trainer alone")
         own = version.placement == "dedicated"
         proof = await self._bounded(self._own(target, probe) if own else self._shared(target, directory, probe))
         metrics.PROOFS.labels(proof.state).inc()

@@ -19,7 +19,7 @@ from loradock_adapters.source_ref import is_source
 from loradock_serve import metrics, rewrite
 from loradock_serve.asks import ask_of, caller_of, check_n, timeout_of
 from loradock_serve.auth import key_of
-from loradock_serve.catalog import Catalog, Resolved, refuse_unfit
+from loradock_serve.catalog import Catalog, Resolved, refuse_unfit, refuse_wrong_task
 from loradock_serve.comments import Comments
 from loradock_serve.cut_short import ClientGoneError, CutShort
 from loradock_serve.engine_http import Answer, EngineGoneError
@@ -46,6 +46,8 @@ MAX_ERROR_BYTES = 64 * 1024
 FORWARDED = (b"x-request-id", b"traceparent", b"tracestate")
 MAX_REQUEST_ID_CHARS = 128
 MAX_NAME_CHARS = 200
+NO_ROUTE = {"Not Found", "Method Not Allowed"}
+"""What an engine says of a path that it does not have: some of its routers as the error's type, some as its message."""
 
 
 class OpenAIProxy:
@@ -119,6 +121,7 @@ class OpenAIProxy:
             resolved = self._catalog.route(reply.model, lambda: caller_of(payload, key_of(scope)))
         reply.version = resolved.version
         refuse_unfit(resolved.version)
+        refuse_wrong_task(resolved.version, resolved.public_name, path)
         out = rewrite.outgoing(path, payload, resolved.engine_name, resolved.public_name, resolved.behaviour, body)
         check_n(payload, self._max_n)
         ask = ask_of(payload, len(body), resolved.version.digest if resolved.version else None, deadline_at)
@@ -191,8 +194,9 @@ async def _pass_error(status: int, text: bytes, target: Target, out: rewrite.Out
         target.engine.suspect()
         raise EngineUnavailableError(f"The engine of {out.public_name!r} died; it is being restarted")
     error = rewrite.engine_error(text, out)
-    if status in (404, 405) and error["type"] in ("Not Found", "Method Not Allowed"):
-        raise EngineRouteError(f"The engine of {out.public_name!r} has no {path}: its model does another task")
+    if status in (404, 405) and {error["type"], error["message"]} & NO_ROUTE:
+        hint = f"; it writes text: ask {rewrite.CHAT} or {rewrite.COMPLETIONS}" if path == rewrite.CLASSIFY else ""
+        raise EngineRouteError(f"The engine of {out.public_name!r} has no {path}: its model does another task{hint}")
     if not 400 <= status < 600:
         raise EngineError(f"The engine of {out.public_name!r} answered with status {status}")
     await reply.fail_with(status, error)

@@ -15,12 +15,15 @@ from loradock_serve.errors import BadRequestError
 from loradock_serve.splice import written
 from loradock_serve.sse import StreamRewriter
 
-CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES = (
+CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, CLASSIFY = (
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",
     "/v1/responses",
+    "/classify",
 )
+POOLED = frozenset({EMBEDDINGS, CLASSIFY})
+"""Paths whose answers are numbers, not text."""
 
 
 DECODER = json.JSONDecoder()
@@ -109,9 +112,9 @@ def outgoing(
             param="model",
             code="chat_template_unsupported",
         )
-    if (path == CHAT or (path == EMBEDDINGS and "messages" in payload)) and behaviour.chat_template is not None:
+    if (path == CHAT or (path in POOLED and "messages" in payload)) and behaviour.chat_template is not None:
         sent["chat_template"] = behaviour.chat_template
-    if path != EMBEDDINGS and behaviour.stop_token_ids and payload.get("ignore_eos") is not True:
+    if path not in POOLED and behaviour.stop_token_ids and payload.get("ignore_eos") is not True:
         sent["stop_token_ids"] = _stop_tokens(behaviour.stop_token_ids, payload.get("stop_token_ids"))
     return Outgoing(written(body, payload, sent), streams, hide_usage, engine_name, public_name)
 

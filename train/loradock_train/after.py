@@ -1,7 +1,7 @@
 """After a run has trained: the checkpoint, written, proven from its files, and only then named."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -32,6 +32,9 @@ def export(
 ) -> Proof:
     """Write the checkpoint, prove it from its files, and only then give it its name."""
     base_logits, trained_logits = logits
+    if config.has_head and isinstance(model, PeftModel):
+        # No served base has the head, so an adapter of it has nothing to be hot-swapped on: the merged model is served.
+        model = cast(Any, model).merge_and_unload()
     proofs: list[Proof] = []
 
     def fill(temporary: Path) -> None:

@@ -6,6 +6,7 @@ Writes nothing.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets  # type: ignore[import-untyped]
@@ -16,13 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from loradock_train.config import TrainConfig
 from loradock_train.config_task import TaskOptions
-from loradock_train.dataset import DataReport, build_dataset
+from loradock_train.continued import check_adapter_base, load_adapter
+from loradock_train.dataset import Collator, DataReport, build_dataset
 from loradock_train.encode import Encoder
 from loradock_train.errors import ModelError
 from loradock_train.feed import Encode
+from loradock_train.head import HeadScorer, head_dataset, load_head_model, text_ids
 from loradock_train.model import (
     Precision,
     add_adapter,
+    attention_options,
     decide_precision,
     inner_model,
     load_model,
@@ -30,11 +34,12 @@ from loradock_train.model import (
 )
 from loradock_train.packing import can_pack
 from loradock_train.parameters import count_parameters, parameter_lines, select_trainable
-from loradock_train.proof import probe_logits
+from loradock_train.proof import MAX_PROMPT_TOKENS, probe_logits
 from loradock_train.rows import Rows, read_rows
 from loradock_train.stream import Stream, open_stream
 from loradock_train.task import Scorer, make_scorer
 from loradock_train.task_rows import check_answers
+from loradock_train.tokenizer import padding_id
 from loradock_train.vision import check_images, make_encoder, probes_of
 
 
@@ -68,6 +73,26 @@ def open_rows(config: TrainConfig) -> tuple[Rows, Stream | None]:
     return rows, stream
 
 
+def _load_head_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, task: TaskOptions) -> RunData:
+    """As load_data, for a classification head."""
+    splits = {"train": rows}
+    if config.valid_path is not None:
+        splits["valid"] = read_rows(config.valid_path, rows.format, "valid_path")
+    built = {}
+    for split, each in splits.items():
+        check_answers(each, task, f"{split}_path")
+        built[split] = head_dataset(each, config, tokenizer, f"{split}_path")
+    reports = {split: report for split, (_, report) in built.items()}
+    probed = splits.get("valid", rows).rows[: config.num_probe_prompts]
+    probes = [text_ids(row, tokenizer)[:MAX_PROMPT_TOKENS] for row in probed]
+    valid = built["valid"][0] if "valid" in built else None
+    scorer = None
+    if "valid" in splits:
+        scorer = HeadScorer(task, splits["valid"], tokenizer, Collator(padding_id(tokenizer)), config)
+    encoder = make_encoder(config, tokenizer, None)
+    return RunData(splits, built["train"][0], valid, reports, probes, encoder, scorer=scorer)
+
+
 def load_data(
     config: TrainConfig,
     rows: Rows,
@@ -75,6 +100,8 @@ def load_data(
     processor: Any = None,
     stream: Stream | None = None,
 ) -> RunData:
+    if config.task is not None and config.task.has_head:
+        return _load_head_data(config, rows, tokenizer, config.task)
     packing = config.packing if config.packing is not None else rows.format == "text" and processor is None
     encoder = make_encoder(config, tokenizer, processor)
     check_images(encoder, rows, packing, config.task is not None)
@@ -112,15 +139,28 @@ def prepare_model(
     """The model with its adapter, its types, and what it said to the probes before either was trained."""
     base_dtype = None if architecture is None else getattr(architecture, "dtype", None) or torch.float32
     precision = decide_precision(config, base_dtype)
-    model: Any = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
+    model: Any
+    if config.has_head:
+        model = load_head_model(config, padding_id(tokenizer), precision.weights, attention_options(config))
+    else:
+        model = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
     if torch.cuda.is_available():
         model.to("cuda")
     base_logits = probe_logits(model, data.probes, data.probe_pixels)
-    if config.lora_config is not None:
+    if config.lora_config is not None and config.adapter_path is not None:
+        model = load_adapter(model, Path(config.adapter_path), config.lora_config)
+    elif config.lora_config is not None:
         model = add_adapter(model, config.lora_config)
     if config.trainable is not None:
         select_trainable(model, config.trainable)
     return precision, model, base_logits
+
+
+def adapter_notices(config: TrainConfig) -> list[str]:
+    """What must be heard about an adapter that is gone on from. Raises ModelError for another base's."""
+    if config.adapter_path is None or config.model_id is None:
+        return []
+    return check_adapter_base(Path(config.adapter_path), config.model_id)
 
 
 def check_packing(model: nn.Module, data: RunData, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -90,7 +90,8 @@ class BestKeeper(TrainerCallback):
         """Called when the validation's line is already in the history."""
         now = self.now
         if now.step == state.global_step:
-            self._keep(now.step)
+            step = now.step
+            on_main(lambda: self._keep(step))
         stopping = self._config.early_stopping
         if stopping is not None and now.stale >= stopping.patience:
             control.should_training_stop = True

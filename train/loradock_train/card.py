@@ -13,7 +13,7 @@ def model_card(config: TrainConfig, name: str, summary: dict[str, Any]) -> str:
     """Markdown with the metadata header that model hubs read. `summary` is that of run.json."""
     header: dict[str, Any] = {
         "library_name": "peft" if config.kind == "lora" else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if config.has_head else "text-generation",
         "tags": ["loradock", *(["lora"] if config.kind == "lora" else [])],
     }
     if config.model_id is not None and not config.model_id.startswith("/"):

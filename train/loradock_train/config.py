@@ -50,6 +50,10 @@ class TrainConfig(Section):
     names with text_model or connector, and proj behind it. The checkpoint is whole all the same. Default:
     everything."""
 
+    adapter_path: str | None = None
+    """Adapter (or run) whose training goes on, on the same base. Its rank, targets and scale are read from it, so
+    lora_config may be left out. Default none: a new adapter."""
+
     # ---- data -----------------------------------------------------------------------------------------------------
     train_path: Paths
     """Training data: a .jsonl or .txt file (also .gz, .zst), a directory of them, a URL, or a list. Relative paths are
@@ -240,6 +244,8 @@ class TrainConfig(Section):
     def _scratch_fits(self) -> Self:
         if self.model is not None and self.tokenizer is None:
             raise ValueError("model (from scratch) needs tokenizer: {train_vocab_size: …} or {path: …}")
+        if self.adapter_path is not None and (self.model is not None or self.has_head):
+            raise ValueError("adapter_path needs model_id, the base that the adapter was trained on, and no new head")
         if self.model is not None and self.lora_config is not None:
             raise ValueError(
                 "lora_config needs a trained base: a model from scratch has nothing to adapt; remove one of the two"
@@ -295,10 +301,19 @@ class TrainConfig(Section):
             raise ValueError(f"{asked[0]} needs valid_path: the rows that are scored")
         if self.similarity is not None and self.similarity.path is None and self.valid_path is None:
             raise ValueError("similarity needs similarity.path or valid_path: the rows that are asked")
+        if self.has_head and self.model_id is None:
+            raise ValueError("task.kind sequence_classification puts a head on a trained base: give model_id")
+        if self.has_head and (self.packing or self.streaming):
+            raise ValueError("packing, streaming: a classification head reads one class off each row; remove them")
         known = ("eval_loss", *(METRICS[self.task.kind] if self.task is not None else ()))
         if self.best_by is not None and self.best_by not in known:
             raise ValueError(f"best_by {self.best_by}: this run has {', '.join(known)}; task: gives more")
         return self
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a classification head is trained instead of the language model's."""
+        return self.task is not None and self.task.has_head
 
     @property
     def chosen_best_by(self) -> str | None:
@@ -310,7 +325,7 @@ class TrainConfig(Section):
     @property
     def kind(self) -> Literal["lora", "full", "scratch"]:
         """What the run makes: an adapter, a full-parameter fine-tune, or a model from scratch."""
-        if self.lora_config is not None:
+        if self.lora_config is not None or self.adapter_path is not None:
             return "lora"
         return "full" if self.model_id is not None else "scratch"
 

@@ -20,6 +20,7 @@ from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_task import EarlyStopping, TaskOptions
+from loradock_train.continued_options import adapter_directory, adapter_options
 from loradock_train.errors import ConfigError, Problem
 from loradock_train.files import is_url
 from loradock_train.seed_keys import translate
@@ -189,6 +190,10 @@ def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
     if config.tokenizer is not None and config.tokenizer.path is not None:
         path = _path_or_hub_id(config.tokenizer.path, folder, "tokenizer.path")
         update["tokenizer"] = config.tokenizer.model_copy(update={"path": path})
+    if config.adapter_path is not None:
+        directory = adapter_directory(config.adapter_path, folder)
+        update["adapter_path"] = str(directory)
+        update["lora_config"] = adapter_options(directory, config.lora_config)
     if config.chat_template is not None and config.chat_template.endswith(".jinja"):
         file = folder / config.chat_template
         if not file.is_file():

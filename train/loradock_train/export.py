@@ -87,7 +87,8 @@ def save_full(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direct
     """Weights in `dtype`, a config.json that says so, the tokenizer, and a generation config that knows where to
     stop."""
     state = {name: _cast(tensor, dtype) for name, tensor in model.state_dict().items()}
-    model.generation_config = _generation_config(model, tokenizer)
+    if model.can_generate():
+        model.generation_config = _generation_config(model, tokenizer)
     model.save_pretrained(str(directory), state_dict=state)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ from loradock_train.config import TrainConfig
 from loradock_train.dataset import Collator
 from loradock_train.errors import RunStopped
 from loradock_train.feed import Batching, Collate, Feed, Place
+from loradock_train.head import HeadCollator, head_loss
 from loradock_train.loss import can_own_loss
 from loradock_train.model import (
     Precision,
@@ -48,11 +49,13 @@ def fit(
     """Train to the end. Raises RunStopped where a signal ends it earlier."""
     width_tokens = config.context_length if config.padding == "max_length" else None
     collate: Any = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
-    if data.processor is not None:
+    if config.has_head:
+        collate = HeadCollator(Collator(padding_id(tokenizer), width_tokens=width_tokens))
+    elif data.processor is not None:
         collate = VisionCollator(collate, data.processor.image_processor)
     ids, pixels = loss_sample(data.train, data.processor)
     pixels = {name: value.to(model.device) for name, value in pixels.items()}
-    use_own = can_own_loss(inner_model(model), ids.to(model.device), pixels)
+    use_own = config.has_head or can_own_loss(inner_model(model), ids.to(model.device), pixels)
     feed = None if data.stream is None else _feed(config, data, collate, save)
     length = (
         length_of(config, len(data.train), num_devices=world_size())
@@ -70,7 +73,8 @@ def fit(
     scoring = Scoring(config, model, data.scorer, precision.arithmetic, directory, reporter)
     scoring.begin(is_new=save is None)
     clock = common_clock(meter) if config.max_time_s is not None else lambda: meter.elapsed_s
-    with loss_context(inner_model(model), use_own), request.on_signals():
+    loss = head_loss(inner_model(model)) if config.has_head else loss_context(inner_model(model), use_own)
+    with loss, request.on_signals():
         trainer = LoradockTrainer(
             rate=lambda step: learning_rate_factor(config, length, step, clock()),
             order=_order(config, data.train),

@@ -58,7 +58,8 @@ def decide_precision(config: TrainConfig, base_dtype: torch.dtype | None) -> Pre
         weights = DTYPES[config.dtype]
     else:
         # Trained weights are kept in float32: at a learning rate of 1e-5 a bf16 weight would round every update away.
-        weights = base_dtype if config.kind == "lora" and base_dtype is not None else torch.float32
+        is_frozen = config.kind == "lora" and not config.has_head
+        weights = base_dtype if is_frozen and base_dtype is not None else torch.float32
     if config.save_dtype != "auto":
         saved = DTYPES[config.save_dtype]
     elif base_dtype is not None:
@@ -123,6 +124,11 @@ def sees(architecture: Any) -> bool:
     return getattr(architecture, "model_type", None) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
+def attention_options(config: TrainConfig) -> dict[str, Any]:
+    """What loading a model is told about its attention."""
+    return {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
+
+
 def auto_class(architecture: Any) -> Any:
     """What loads a model of this config."""
     return AutoModelForImageTextToText if sees(architecture) else AutoModelForCausalLM
@@ -130,9 +136,7 @@ def auto_class(architecture: Any) -> Any:
 
 def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
     """The model of `model_id`, weights in `precision.weights`. Raises ModelError."""
-    options: dict[str, Any] = (
-        {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
-    )
+    options = attention_options(config)
     try:
         model = auto_class(base_config(config)).from_pretrained(
             str(config.model_id), dtype=precision.weights, trust_remote_code=False, **options
@@ -146,9 +150,7 @@ def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
 def make_model(config: TrainConfig, tokenizer: Any, precision: Precision) -> PreTrainedModel:
     """A model with fresh weights from `model:`. The vocabulary is the tokenizer's unless the config says more."""
     architecture = architecture_config(dict(config.model or {}), tokenizer, config.context_length)
-    options: dict[str, Any] = (
-        {} if config.attn_implementation == "auto" else {"attn_implementation": config.attn_implementation}
-    )
+    options = attention_options(config)
     model = cast(Any, AutoModelForCausalLM).from_config(architecture, dtype=precision.weights, **options)
     return cast(PreTrainedModel, model)
 
@@ -181,13 +183,21 @@ def architecture_config(fields: dict[str, Any], tokenizer: Any, context_length: 
     return made
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether the model ends in a classification head instead of the language model's."""
+    return type(inner_model(model)).__name__.endswith("ForSequenceClassification")
+
+
 def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
-    """Wrap the model with LoRA. Raises ModelError where the adapter could not be what the config says."""
+    """Wrap the model with LoRA; a classification head is trained in full beside it. Raises ModelError where the adapter
+    could not be what the config says."""
     _check_targets(model, options)
     values = options.model_dump()
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values[name], tuple):
             values[name] = list(values[name]) or None
+    if has_head(model):
+        values["task_type"] = "SEQ_CLS"
     try:
         with warnings.catch_warnings():
             # PEFT warns while it sets it itself, as our documentation of the field promises.

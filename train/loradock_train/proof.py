@@ -13,10 +13,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from loradock_adapters.probe import Probe, ProbePrompt, ProbeToken
 from loradock_train.errors import ProofError
-from loradock_train.model import auto_class
+from loradock_train.head import class_logits
+from loradock_train.model import auto_class, has_head, inner_model
 
 MAX_PROMPT_TOKENS = 256
 TOP = 8
@@ -72,8 +74,12 @@ def probe_logits(model: nn.Module, prompts: Sequence[Sequence[int]], pixels: Pix
     with torch.no_grad():
         for number, prompt in enumerate(prompts):
             beside = {name: value.to(device) for name, value in (pixels or {}).get(number, {}).items()}
-            answer = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=False, **beside)
-            rows.append(answer.logits[0, -1].float().cpu())
+            ids = torch.tensor([list(prompt)], device=device)  # 1, T
+            if has_head(model):
+                logits = class_logits(inner_model(model), ids, None)[0]
+            else:
+                logits = model(input_ids=ids, use_cache=False, **beside).logits[0, -1]
+            rows.append(logits.float().cpu())
     model.train(was_training)
     return torch.stack(rows)
 
@@ -93,7 +99,7 @@ def reload_logits(
             model.set_adapter("default")
             model.delete_adapter(PROOF_ADAPTER)
     parameter = next(model.parameters())
-    loader = auto_class(cast(Any, model).config)
+    loader = AutoModelForSequenceClassification if has_head(model) else auto_class(cast(Any, model).config)
     loaded: Any = loader.from_pretrained(str(checkpoint), dtype=parameter.dtype)
     loaded.to(parameter.device)
     return probe_logits(loaded, prompts, pixels)

@@ -103,7 +103,7 @@ def make_passport(
         special_tokens=dict(vocabulary.special_tokens) if vocabulary is not None else {},
         chat_template=template,
         chat_template_sha256=hashlib.sha256(template.encode()).hexdigest() if template is not None else None,
-        stop_token_ids=stop_token_ids(tokenizer),
+        stop_token_ids=() if config.has_head else stop_token_ids(tokenizer),
         context_length=config.context_length,
         metrics={key: summary[key] for key in ("final_train_loss", "final_eval_loss", "steps", "tokens")},
         seed=config.seed,
@@ -111,7 +111,7 @@ def make_passport(
         versions=summary["versions"],
         created_at=datetime.now(UTC),
         license=config.license if config.license is not None else card_license(directory),
-        probe=proof.passport_entry(),
+        probe=None if config.has_head else proof.passport_entry(),  # the server asks for next tokens, which it has not
     )
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from loradock_train.after import export, write_text
-from loradock_train.before import announce, check_packing, load_data, open_rows, prepare_model
+from loradock_train.before import adapter_notices, announce, check_packing, load_data, open_rows, prepare_model
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.cost import SpendMeter, cost_of, told
@@ -177,8 +177,12 @@ def _train_here(
     check_alike(identity)
     if save is not None:
         notices.extend(check_same(save, identity))
+    notices.extend(adapter_notices(config))
     precision, model, base_logits = prepare_model(config, architecture, tokenizer, data)
-    notices.append(foretell(model, tokenizer, config.model_id, precision.saved).line())
+    if config.has_head:
+        notices.append("a classification head: it will be served by a dedicated engine, through POST /classify")
+    else:
+        notices.append(foretell(model, tokenizer, config.model_id, precision.saved).line())
 
     check_packing(model, data, tokenizer)
     judge = make_judge(config, data, model, tokenizer, precision.arithmetic)

@@ -35,6 +35,7 @@ FREE_KEYS = frozenset(
     {
         "output_dir",
         "similarity",
+        "adapter_path",
         "save_steps",
         "save_every_s",
         "keep",
@@ -101,6 +102,9 @@ def identity_of(
 ) -> Identity:
     """What decides the weights of this run."""
     data = {key: [[Path(file).name, digest] for file, digest in rows.files] for key, rows in splits.items()}
+    if config.adapter_path is not None:
+        file = Path(config.adapter_path) / "adapter_model.safetensors"
+        data["adapter"] = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()]]
     return Identity(json.loads(config.model_dump_json()), data, tokenizer_sha256, dict(versions), world_size())
 
 

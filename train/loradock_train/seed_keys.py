@@ -18,6 +18,7 @@ RENAMED = {
     "max_seq_length": "context_length",
     "max_length": "context_length",
     "warmup_ratio": "warmup_steps",
+    "initial_adapter_model_ckpt_path": "adapter_path",
     "torch_dtype": "dtype",
 }
 UNUSED = {
@@ -33,6 +34,7 @@ UNUSED = {
 }
 OPTIMISERS = {"adamw_bnb_8bit": "adamw_8bit", "adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}
 SPECIAL = (
+    "initial_base_model_ckpt_path",
     "flash_attention_2",
     "fp16",
     "bf16",
@@ -162,6 +164,18 @@ def _strategies(done: Translation) -> None:
         done.drop("save_strategy", "a run saves every save_steps and every save_every_s; its end is always exported")
 
 
+def _initial_base(done: Translation) -> None:
+    """There `model_id` says what the model is, and this where its weights lie; here a path is a model_id, too."""
+    path = done.values.get("initial_base_model_ckpt_path")
+    if path is None:
+        done.values.pop("initial_base_model_ckpt_path", None)
+        return
+    was = done.values.pop("model_id", None)
+    beside = f" (in place of {was})" if was is not None else ""
+    told = f"initial_base_model_ckpt_path: {path} is read as model_id: {path}{beside}"
+    done.move("initial_base_model_ckpt_path", "model_id", path, told)
+
+
 def _deepspeed(done: Translation) -> None:
     section = done.values.get("deepspeed")
     if isinstance(section, dict) and set(section) == {"config_path"}:
@@ -197,6 +211,7 @@ _RULES: tuple[Callable[[Translation], None], ...] = (
     _optimiser,
     _scheduler,
     _strategies,
+    _initial_base,
     _deepspeed,
     _padding,
     _resources,
