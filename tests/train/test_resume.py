@@ -26,6 +26,7 @@ COMMON: dict[str, Any] = {
     "warmup_steps": 2,
     "save_steps": 3,
 }
+PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " pass"} for row in ROWS]
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {"lora_config": {"r": 4, "lora_dropout": 0.2, "target_modules": ["q_proj", "down_proj", "lm_head"]}},
     "full": {"group_by_length": False},
@@ -59,10 +60,12 @@ def stories(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """All legs, in one process that forks."""
     chance = random.Random(f"{sys.version_info.minor} kill")
     folder = tmp_path_factory.mktemp("stories")
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    files = {"rows": folder / "rows.jsonl", "pairs": folder / "pairs.jsonl"}
+    for rows, path in ((ROWS, files["rows"]), (PAIRS, files["pairs"])):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     legs: list[dict[str, Any]] = []
     for kind, extra in KINDS.items():
+        data = files["pairs" if kind == "preference" else "rows"]
         config = {**COMMON, **extra, "model_id": str(bases[kind]), "train_path": str(data), "valid_path": str(data)}
         # The first save is at step 3. Killed after it; then, having gone on, in the middle of its next save; and again.
         kills = [chance.randint(7, BATCHES_PER_EPOCH * EPOCHS - 8), chance.randint(2, 8)]
@@ -98,7 +101,7 @@ def run_legs(legs: list[dict[str, Any]]) -> list[int]:
 def test_killed_run_that_went_on_has_the_bits_of_the_run_left_alone(stories: dict[str, Story], kind: str) -> None:
     story = stories[kind]
     assert story.codes == [0, -9, -9, -9, 0]
-    name = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    name = "adapter_model.safetensors" if "lora_config" in KINDS[kind] else "model.safetensors"
     alone, killed = ((run / "checkpoint" / name).read_bytes() for run in (story.alone, story.killed))
     assert killed == alone
 

@@ -3,7 +3,7 @@
 Writes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from loradock_train.model import (
 )
 from loradock_train.packing import can_pack
 from loradock_train.parameters import count_parameters, parameter_lines, select_trainable
+from loradock_train.preference import build_pairs
 from loradock_train.proof import MAX_PROMPT_TOKENS, probe_logits
 from loradock_train.rows import Rows, read_rows
 from loradock_train.stream import Stream, open_stream
@@ -103,16 +104,23 @@ def load_data(
     if config.task is not None and config.task.has_head:
         return _load_head_data(config, rows, tokenizer, config.task)
     packing = config.packing if config.packing is not None else rows.format == "text" and processor is None
+    if config.preference is not None and processor is not None:
+        raise ModelError("preference trains on text alone, and this base sees images: take a text model")
     encoder = make_encoder(config, tokenizer, processor)
     check_images(encoder, rows, packing, config.task is not None)
     options = (encoder, config.context_length, config.on_long_rows, packing)
     encode = partial(_encode, options, config.task)
-    train_set, report = build_dataset(rows, *options, "train_path") if stream is None else encode(rows)
+    build: Callable[[Rows, str], tuple[datasets.Dataset, DataReport]] = (
+        (lambda split, key: build_dataset(split, *options, key))
+        if config.preference is None
+        else (lambda split, key: build_pairs(split, encoder, config.context_length, config.on_long_rows, key))
+    )
+    train_set, report = build(rows, "train_path") if stream is None else encode(rows)
     reports = {"train": report}
     valid_set, valid_rows = None, None
     if config.valid_path is not None:
         valid_rows = read_rows(config.valid_path, rows.format, "valid_path")
-        valid_set, reports["valid"] = build_dataset(valid_rows, *options, "valid_path")
+        valid_set, reports["valid"] = build(valid_rows, "valid_path")
     probed = (valid_rows if valid_rows is not None else rows).rows[: config.num_probe_prompts]
     probes, pixels = probes_of(encoder, probed, rows.format)
     splits = {"train": rows} if valid_rows is None else {"train": rows, "valid": valid_rows}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
@@ -69,7 +70,7 @@ class TrainConfig(Section):
     shuffle_buffer: int = Field(default=2000, ge=1)
     """Rows of a stream that are read, shuffled and packed together (at most 8 MiB of text). Default 2000, minimum 1."""
 
-    format: Literal["auto", "chat", "instruction", "completion", "text"] = "auto"
+    format: Literal["auto", "chat", "instruction", "completion", "text", "preference"] = "auto"
     """What the rows are. `auto` decides by the keys, and every row must agree. Default auto."""
 
     prompt_template: str | None = None
@@ -101,6 +102,9 @@ class TrainConfig(Section):
 
     similarity: SimilarityOptions | None = None
     """Score answers against the true ones before and after training, by meaning. Default none."""
+
+    preference: PreferenceOptions | None = None
+    """Learn from pairs of answers which one was preferred (DPO). Default none."""
 
     padding_side: Literal["right", "left"] = "right"
     """Where short rows of a batch are filled up. The loss is the same on either side. Default right."""
@@ -156,7 +160,8 @@ class TrainConfig(Section):
 
     # ---- optimisation -----------------------------------------------------------------------------------------------
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate. Default 1e-4 for LoRA, 1e-5 for full-parameter, 1e-3 from scratch."""
+    """Peak learning rate. Default 1e-4 for LoRA, 1e-5 for full-parameter, 1e-3 from scratch; with preference a
+    tenth of that."""
 
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up. Default cosine, to zero."""
@@ -322,6 +327,18 @@ class TrainConfig(Section):
             return self.best_by
         return self.task.chosen_metric if self.task is not None else "eval_loss"
 
+    @model_validator(mode="after")
+    def _preference_fits(self) -> Self:
+        if self.preference is None:
+            return self
+        if self.model is not None:
+            raise ValueError("preference needs a trained base (model_id): it learns how to answer, not to write")
+        others = ("packing", "task", "early_stopping", "best_by", "streaming", "similarity")
+        odd = [name for name in others if getattr(self, name)]
+        if odd:
+            raise ValueError(f"preference and {', '.join(odd)} do not go together; remove one of the two")
+        return self
+
     @property
     def kind(self) -> Literal["lora", "full", "scratch"]:
         """What the run makes: an adapter, a full-parameter fine-tune, or a model from scratch."""
@@ -334,7 +351,8 @@ class TrainConfig(Section):
         """The learning rate given, or the default of the run's kind."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return {"lora": 1e-4, "full": 1e-5, "scratch": 1e-3}[self.kind]
+        usual = {"lora": 1e-4, "full": 1e-5, "scratch": 1e-3}[self.kind]
+        return usual / 10 if self.preference is not None else usual
 
     @property
     def epoch_limit(self) -> float | None:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from loradock_adapters.errors import UsageError
 from loradock_adapters.strict_config import parse_value, read_yaml
 from loradock_train.config import TrainConfig
+from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_task import EarlyStopping, TaskOptions
@@ -29,6 +30,7 @@ Keys = tuple[str, ...]
 SECTIONS: dict[str, type[BaseModel]] = {
     "lora_config": LoraOptions,
     "tokenizer": TokenizerOptions,
+    "preference": PreferenceOptions,
     "task": TaskOptions,
     "similarity": SimilarityOptions,
     "early_stopping": EarlyStopping,

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from loradock_train.chat import as_served
 from loradock_train.errors import DataError, Problem
 from loradock_train.images import flat
+from loradock_train.preference_rows import as_two
 from loradock_train.rows import Format, Row
 
 IGNORED = -100
@@ -65,10 +66,18 @@ class Encoder:
         """One row. Raises DataError naming the row."""
         if row_format == "chat":
             return self._chat(row)
+        if row_format == "preference":
+            return self.pair(row)[0]
         if row_format == "text":
             return self._text(row.values["text"], row.is_continued)
         prompt, answer = prompt_and_answer(row, row_format, self.prompt_template)
         return self._completion(prompt, answer)
+
+    def pair(self, row: Row) -> tuple[Example, Example]:
+        """A preference row: the preferred answer and the other, each after the prompt."""
+        kind, preferred, other = as_two(row.values)
+        first, second = (self.encode(Row(row.file, row.line, each), kind) for each in (preferred, other))
+        return first, second
 
     def prompt_ids(self, row: Row, row_format: Format) -> list[int]:
         """What the server would see of this row before it answers (of raw text: its first words)."""

@@ -1,6 +1,7 @@
 """The training itself: the trainer put together from its parts, run to its end or to where it is asked to stop."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loradock_train.model import (
     inner_model,
 )
 from loradock_train.order import Order
+from loradock_train.preference import preference_trainer
 from loradock_train.processes import is_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
 from loradock_train.report import Outcome
@@ -53,9 +55,7 @@ def fit(
         collate = HeadCollator(Collator(padding_id(tokenizer), width_tokens=width_tokens))
     elif data.processor is not None:
         collate = VisionCollator(collate, data.processor.image_processor)
-    ids, pixels = loss_sample(data.train, data.processor)
-    pixels = {name: value.to(model.device) for name, value in pixels.items()}
-    use_own = config.has_head or can_own_loss(inner_model(model), ids.to(model.device), pixels)
+    use_own = config.has_head or (config.preference is None and _can_own_loss(model, data))
     feed = None if data.stream is None else _feed(config, data, collate, save)
     length = (
         length_of(config, len(data.train), num_devices=world_size())
@@ -73,9 +73,14 @@ def fit(
     scoring = Scoring(config, model, data.scorer, precision.arithmetic, directory, reporter)
     scoring.begin(is_new=save is None)
     clock = common_clock(meter) if config.max_time_s is not None else lambda: meter.elapsed_s
+    arguments = partial(training_arguments, config, length, precision, directory)
+    if config.preference is None:
+        make_trainer: Callable[..., LoradockTrainer] = partial(LoradockTrainer, args=arguments(), data_collator=collate)
+    else:
+        make_trainer = partial(preference_trainer, config.preference, tokenizer, arguments, collate)
     loss = head_loss(inner_model(model)) if config.has_head else loss_context(inner_model(model), use_own)
     with loss, request.on_signals():
-        trainer = LoradockTrainer(
+        trainer = make_trainer(
             rate=lambda step: learning_rate_factor(config, length, step, clock()),
             order=_order(config, data.train),
             feed=feed,
@@ -88,8 +93,6 @@ def fit(
             score=scoring.metrics,
             keeper=scoring.keeper,
             model=model,
-            args=training_arguments(config, length, precision, directory),
-            data_collator=collate,
             train_dataset=data.train,
             eval_dataset=data.valid,
         )
@@ -107,7 +110,8 @@ def fit(
         finally:
             reporter.close()
             trackers.close()
-    model.__dict__.pop("forward", None)  # accelerate's autocast wrapper: proof and export want the bare model
+    for each in (model, inner_model(model)):  # accelerate's autocast, TRL's loss: proof and export want the bare model
+        each.__dict__.pop("forward", None)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     scored = scoring.end(steps)
     return Outcome(
@@ -121,6 +125,12 @@ def fit(
         stream_report=None if feed is None else feed.report,
         scored=scored,
     )
+
+
+def _can_own_loss(model: Any, data: RunData) -> bool:
+    ids, pixels = loss_sample(data.train, data.processor)
+    pixels = {name: value.to(model.device) for name, value in pixels.items()}
+    return can_own_loss(inner_model(model), ids.to(model.device), pixels)
 
 
 def _feed(config: TrainConfig, data: RunData, collate: Collate, save: Save | None) -> Feed:

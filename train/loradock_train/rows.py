@@ -1,8 +1,9 @@
 """Reading data files into rows, and saying exactly which line is wrong.
 
-Four formats: chat ({"messages": […]}, the OpenAI shape, images too), instruction ({"instruction", "input",
-"output"}), completion ({"prompt", "completion"}) and raw text ({"text"}, or .txt files, one document each). The format
-is decided by the keys of *every* row, never by the first alone. Knows nothing of tokens.
+Five formats: chat ({"messages": […]}, the OpenAI shape, images too), instruction ({"instruction", "input",
+"output"}), completion ({"prompt", "completion"}), preference (two answers to one prompt, preference_rows.py) and raw
+text ({"text"}, or .txt files, one document each). The format is decided by the keys of *every* row, never by the first
+alone. Knows nothing of tokens.
 """
 
 import hashlib
@@ -15,8 +16,9 @@ from loradock_train.chat import check_chat, has_functions
 from loradock_train.errors import DataError, Problem
 from loradock_train.files import DataFile, data_files
 from loradock_train.images import image_files, sources_of
+from loradock_train.preference_rows import check_preference, is_preference
 
-Format: TypeAlias = Literal["chat", "instruction", "completion", "text"]
+Format: TypeAlias = Literal["chat", "instruction", "completion", "text", "preference"]
 
 _MARKS: dict[str, Format] = {"messages": "chat", "instruction": "instruction", "prompt": "completion", "text": "text"}
 
@@ -131,7 +133,9 @@ def decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: st
     problems: list[Problem] = []
     for row in rows:
         marks = [name for name in _MARKS if name in row.values]
-        if len(marks) == 1:
+        if is_preference(row.values):
+            first.setdefault("preference", row)
+        elif len(marks) == 1:
             first.setdefault(_MARKS[marks[0]], row)
         elif marks:
             problems.append(Problem(row.where, f"has keys of several formats ({', '.join(marks)}); set format:"))
@@ -159,6 +163,8 @@ def check_row(row: Row, row_format: Format) -> list[Problem]:
 def _check(values: dict[str, Any], row_format: Format, file: str) -> Iterator[str]:
     if row_format == "chat":
         yield from check_chat(values, file)
+    elif row_format == "preference":
+        yield from check_preference(values)
     elif row_format == "instruction":
         yield from _check_strings(values, required=("instruction", "output"), optional=("input", "system"))
         if values.get("output") == "":

@@ -43,6 +43,7 @@ from loradock_train.model import (
 )
 from loradock_train.placement import foretell
 from loradock_train.plot import plot_loss
+from loradock_train.preference import check_preference_run
 from loradock_train.processes import connected, is_main, on_main
 from loradock_train.proof import Proof, probe_logits
 from loradock_train.report import summarise, versions
@@ -162,6 +163,7 @@ def _train_here(
     check_trackers(config.report_to)
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = open_rows(config)
+    check_preference_run(config, rows.format)
     tokenizer = make_tokenizer(config, rows)
     if architecture is not None:
         check_base(architecture, len(tokenizer), config.context_length)

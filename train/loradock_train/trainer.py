@@ -216,8 +216,18 @@ class _Hooks(TrainerCallback):
         return control
 
 
-def training_arguments(config: TrainConfig, length: Length, precision: Precision, directory: Path) -> TrainingArguments:
-    """Our config in transformers' words. Nothing is reported, saved or measured that we do not ask for."""
+def training_arguments(
+    config: TrainConfig,
+    length: Length,
+    precision: Precision,
+    directory: Path,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """Our config in transformers' words. Nothing is reported, saved or measured that we do not ask for.
+
+    kind, more: the class of the arguments, and what it knows beyond transformers' own.
+    """
     if config.valid_path is None:
         evaluation: dict[str, Any] = {"eval_strategy": "no"}
     else:
@@ -227,7 +237,7 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
             steps = STREAM_EVAL_STEPS if length.is_clock_bound else max(1, math.ceil(length.max_steps / 10))
         evaluation = {"eval_strategy": "steps", "eval_steps": steps}
     has_gpu = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    arguments = kind(
         output_dir=str(directory),
         max_steps=length.max_steps,
         per_device_train_batch_size=config.train_batch_size_per_device,
@@ -255,6 +265,7 @@ def training_arguments(config: TrainConfig, length: Length, precision: Precision
         ignore_data_skip=config.streaming,  # its feed goes on by itself
         dataloader_pin_memory=has_gpu,
         **evaluation,
+        **more,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs without a launcher would mean the old DataParallel
     return arguments
