@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--length", type=int, default=256, help="tokens of the longest row")
     parser.add_argument("--sizes", default="0,1", help="which models: 0 the small, 1 the large")
-    parser.add_argument("--only", default="", help="comparisons whose name has this in it")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", default="", help="comparisons whose name has one of these in it (a;b)")
+    parser.add_argument("--threads", type=int, default=1, help="for torch; more wait for each other")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.sizes, options.only, options.steps = 1, "0", "same batches", 8
     sizes = [SIZES[int(index)] for index in options.sizes.split(",")]
-    legs = [leg for leg in LEGS if options.only in leg.name]
+    legs = [leg for leg in LEGS if any(part in leg.name for part in options.only.split(";"))]
     results = {size.name: measure(size, legs, options) for size in sizes}
     print(json.dumps({"length": options.length, "threads": options.threads, "ratios": results}))
 

@@ -44,8 +44,9 @@ def config_of(leg: Leg, base: str, data: str, length: int, steps: int) -> dict[s
     if leg.trainer == "ours":
         config: dict[str, Any] = common | {
             "model_id": base, "train_path": data, "format": "text", "context_length": length,
-            "on_long_rows": "truncate", "packing": False, "group_by_length": False, "train_batch_size_per_device": BATCH, "mixed_precision": "no",
-            "dtype": "float32", "lora_config": LORA, "save_every_s": None,
+            "on_long_rows": "truncate", "packing": False, "group_by_length": False,
+            "train_batch_size_per_device": BATCH, "mixed_precision": "no", "dtype": "float32", "lora_config": LORA,
+            "save_every_s": None,
         }  # fmt: skip
     else:
         config = common | {
