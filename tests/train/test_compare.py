@@ -9,8 +9,8 @@ import yaml
 
 from loradock_adapters.cli import run as command
 from loradock_adapters.errors import UsageError
-from loradock_train.compare import compare, read_run
-from loradock_train.compare_plot import panels
+from loradock_train.comparison import compare, read_run
+from loradock_train.comparison_plot import panels
 
 LORA = {"lora_config": {"r": 8, "use_dora": False, "use_rslora": False}}
 

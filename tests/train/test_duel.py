@@ -8,9 +8,9 @@ import pytest
 from loradock_adapters.cli import run as command
 from loradock_adapters.errors import UsageError
 from loradock_testing.rows import WriteRows
-from loradock_train import duel as module
+from loradock_train import duelling as module
 from loradock_train import train
-from loradock_train.duel import DuelStopped, duel, plan_duel
+from loradock_train.duelling import DuelStopped, duel, plan_duel
 from loradock_train.errors import OutputError, TrainError
 
 ROWS = [{"prompt": f"def f{i}():", "completion": f" return {i}"} for i in range(8)]

@@ -14,9 +14,9 @@ from loradock_adapters.cli import run as command
 from loradock_adapters.errors import RefusedError, UsageError
 from loradock_adapters.passport import read_passport, weights_sha256
 from loradock_testing.tiny_models import ALL_MODULES, make_adapter, make_llama, reference
-from loradock_train import merge_proof, train
+from loradock_train import merging_proof, train
 from loradock_train.errors import ModelError, OutputError, ProofError
-from loradock_train.merge import export, merge
+from loradock_train.merging import export_checkpoint, merge
 from loradock_train.proof import probe_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -111,7 +111,7 @@ def test_merge_that_answers_otherwise_is_not_kept(run: Path, tmp_path: Path, mon
         calls.append(1)
         return real(model, prompts) + (0.5 if len(calls) == 3 else 0.0)
 
-    monkeypatch.setattr(merge_proof, "probe_logits", drifting)
+    monkeypatch.setattr(merging_proof, "probe_logits", drifting)
     with pytest.raises(ProofError, match=r"0\.5 logits apart, at most 0\.0\d+ is rounding"):
         merge(run, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_exported_adapter_has_no_base_matrix_and_loads_elsewhere(base: Path, tmp
     tensors = load_file(path)
     tensors["base_model.model.lm_head.base_layer.weight"] = torch.zeros(512, 64)
     save_file(tensors, path, metadata={"format": "pt"})
-    made = export(adapter, tmp_path / "out", base_name="org/base")
+    made = export_checkpoint(adapter, tmp_path / "out", base_name="org/base")
     assert (made["left_out"], made["base"]) == (1, "org/base")
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
     assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys() == tensors.keys() - {
@@ -163,12 +163,12 @@ def test_export_merged_is_bfloat16_in_files_of_the_size_asked_for(
 
 
 def test_full_run_is_exported_merged_by_itself_and_never_as_an_adapter(base: Path, tmp_path: Path) -> None:
-    made = export(base, tmp_path / "out", dtype="float32")
+    made = export_checkpoint(base, tmp_path / "out", dtype="float32")
     assert made["changed"] == 0
     ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(base / "model.safetensors")
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     with pytest.raises(UsageError, match="loradock extract"):
-        export(base, tmp_path / "adapter", form="peft")
+        export_checkpoint(base, tmp_path / "adapter", form="peft")
 
 
 def test_other_formats_are_refused_with_the_way_there(run: Path, tmp_path: Path) -> None:

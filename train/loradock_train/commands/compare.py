@@ -21,7 +21,7 @@ def compare(
 ) -> None:
     """Put finished runs side by side: time, memory, size, scores, cost."""
     from loradock_adapters.console import note, out, out_json
-    from loradock_train.compare import compare as compare_runs
+    from loradock_train.comparison import compare as compare_runs
 
     comparison = compare_runs(runs, force=force)
     if plot is not None:

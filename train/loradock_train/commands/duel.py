@@ -26,8 +26,8 @@ def duel(
 ) -> None:
     """Train a config twice, with LoRA and with all parameters, and compare the two."""
     from loradock_adapters.console import note, out, out_json
-    from loradock_train.duel import DuelStopped
-    from loradock_train.duel import duel as run_duel
+    from loradock_train.duelling import DuelStopped
+    from loradock_train.duelling import duel as run_duel
 
     try:
         comparison = run_duel(

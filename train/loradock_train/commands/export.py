@@ -30,7 +30,7 @@ def export(
     """Write an adapter or a whole model in the layout that other tools load."""
     from loradock_adapters import console
     from loradock_adapters.errors import UsageError
-    from loradock_train.merge import export as export_files
+    from loradock_train.merging import export_checkpoint as export_files
 
     if form not in (None, "peft", "merged"):
         raise UsageError(f"--format {form!r} is none of peft, merged (GGUF: convert the merged model with llama.cpp)")

@@ -27,7 +27,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, tensor by tensor, and prove that it answers as before."""
     from loradock_adapters import console
-    from loradock_train.merge import merge as merge_files
+    from loradock_train.merging import merge as merge_files
 
     found = merge_files(
         adapter,

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from loradock_adapters.errors import UsageError
-from loradock_train.compare import Comparison, compare
+from loradock_train.comparison import Comparison, compare
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import load_config
 from loradock_train.errors import OutputError, TrainError

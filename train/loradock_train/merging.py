@@ -174,7 +174,7 @@ def write(request: Request, out: Path, prove: bool, tell: Callable[[str], None])
     from loradock_adapters.merge_stream import BrokenAdapterError, write_merged
     from loradock_train.errors import ProofError
     from loradock_train.export import write_atomically
-    from loradock_train.merge_proof import prove_merged
+    from loradock_train.merging_proof import prove_merged
 
     checkpoint, made = request.checkpoint, {}
 
@@ -275,7 +275,7 @@ def export_adapter(path: Path, out: Path, *, base_name: str | None = None, dtype
     }
 
 
-def export(
+def export_checkpoint(
     path: str | Path,
     out: str | Path,
     *,

@@ -12,7 +12,7 @@ from loradock_train.errors import ProofError
 from loradock_train.proof import Proof, probe_logits
 
 if TYPE_CHECKING:
-    from loradock_train.merge import Request
+    from loradock_train.merging import Request
 
 NUM_PROMPTS, PROMPT_TOKENS = 4, 16
 """Where the passport has no prompts: as many, of seeded random tokens."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from loradock_train.compare import RunFacts
+    from loradock_train.comparison import RunFacts
 
 COLUMNS = 4
 

@@ -1,4 +1,4 @@
-"""Finished runs side by side: one row a run, as Markdown, JSON or a picture (compare_plot.py).
+"""Finished runs side by side: one row a run, as Markdown, JSON or a picture (comparison_plot.py).
 
     print(compare(["runs/lora", "runs/full"]).markdown())
 
@@ -102,7 +102,7 @@ class Comparison:
 
     def plot(self, path: str | Path) -> None:
         """A picture with a panel for each figure. matplotlib is imported now."""
-        from loradock_train.compare_plot import plot_comparison
+        from loradock_train.comparison_plot import plot_comparison
 
         plot_comparison(self.runs, Path(path))
 
