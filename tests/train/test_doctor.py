@@ -79,6 +79,30 @@ def test_rows_that_never_learn_to_stop_are_named() -> None:
     assert found(seen) == {"that never learn to stop (no stop token is learnt)": (1, ("rows.jsonl, line 1",))}
 
 
+def test_stop_token_within_an_answer_is_named() -> None:
+    """The text of an answer may hold the very token that ends a turn."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>b"}]
+    fine = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "ab"}]
+    seen = examine(rows_of("chat", {"messages": fine}, {"messages": turns}), Encoder(Letters()), 64, False)
+    assert found(seen) == {
+        "with a stop token within an answer (it would learn to stop there)": (1, ("rows.jsonl, line 2",))
+    }
+
+
+def test_context_length_is_suggested_by_the_p95() -> None:
+    rows = [{"text": "a" * 98}] * 19 + [{"text": "a" * 498}]
+    seen = examine(rows_of("text", *rows), Encoder(Letters()), 512, False)
+    assert (seen.percentiles["p95"], seen.percentiles["max"]) == (100, 500)
+    assert (seen.suggested_context_length, seen.share_held) == (128, 0.95)
+
+
+def test_pairs_are_looked_at_answer_by_answer() -> None:
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "bcdefgh", "rejected": "d"}]
+    seen = examine(rows_of("preference", *pairs), Encoder(Letters()), 8, False)
+    assert (seen.num_rows, seen.num_tokens) == (2, 4 + 4 + 10 + 4)
+    assert found(seen) == {"over context_length 8": (1, ("rows.jsonl, line 2 (preferred)",))}
+
+
 def test_first_five_rows_of_a_finding_are_named_and_all_counted() -> None:
     seen = examine(rows_of("text", *[{"text": "ab"}] * 9), Encoder(Letters()), 16, True)
     assert [(finding.num_rows, len(finding.first)) for finding in seen.findings] == [(8, 5)]
@@ -107,6 +131,7 @@ def test_command_shows_what_is_learnt_in_brackets(config: Path) -> None:
     assert "train: 2 completion rows, " in result.stdout
     assert "1 rows there more than once (copies after the first): " in result.stdout
     assert "def f():⟦ return 1</s>⟧" in result.stdout
+    assert "context_length 64 would hold 100.0% of them whole" in result.stdout
     assert "valid: 1 completion rows, " in result.stdout
 
 
@@ -125,3 +150,20 @@ def test_command_says_where_padding_is_the_end_of_text(config: Path, tmp_path: P
     result = CliRunner().invoke(app, [str(config), "--set", f"model_id={tmp_path / 'same'}"])
     assert "pad and end of text are one token" in result.stderr
     assert "pad and end of text" not in CliRunner().invoke(app, [str(config)]).stderr
+
+
+def test_command_shows_both_answers_of_a_pair(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:
+    write_rows("pairs.jsonl", [{"prompt": "def f():", "chosen": " return 1", "rejected": " pass"}])
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_id: {base}\ntrain_path: pairs.jsonl\ncontext_length: 64\npreference: {{}}\n")
+    shown = CliRunner().invoke(app, [str(path)]).stdout
+    assert "line 1 (preferred): ⟦learnt⟧\ndef f():⟦ return 1</s>⟧" in shown
+    assert "line 1 (other): ⟦learnt⟧" in shown
+    assert "def f():⟦ pass</s>⟧" in shown
+
+
+def test_preview_on_a_terminal_is_green_where_it_is_learnt(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = CliRunner().invoke(app, [str(config), "--rows", "1"], color=True).stdout
+    assert "\x1b[32m⟦ return 1</s>⟧" in shown

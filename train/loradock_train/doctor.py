@@ -13,7 +13,10 @@ from loradock_train.encode import IGNORED, Encoder, Example
 from loradock_train.rows import Rows
 
 BINS = 10
+CONTEXT_STEP = 64
+"""Context lengths are suggested in multiples of it."""
 MAX_NAMED = 5
+ANSWERS = ("preferred", "other")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Examination:
     """Tokens of a row: the least, p50, p95, p99 and the most."""
     histogram: tuple[tuple[int, int, int], ...]
     """Of each bin: least and most tokens, and rows."""
+    suggested_context_length: int
+    """Holds the p95 of the rows whole."""
+    share_held: float
+    """Of the rows, by the context length suggested."""
     findings: tuple[Finding, ...]
 
 
@@ -53,12 +60,11 @@ def examine(
 ) -> Examination:
     """Look at every row. `others`: rows of the other split, that should not be here as well. `splits_long`: long rows
     are split (packed raw text), so that nothing is cut off. Raises DataError for a row that cannot be encoded."""
-    examples = [encoder.encode(row, rows.format) for row in rows.rows]
-    places = [row.where for row in rows.rows]
+    examples, places = encoded(rows, encoder)
     lengths = [len(example.input_ids) for example in examples]
     stops = encoder.stop_ids()
     met: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    elsewhere = {tuple(encoder.encode(row, others.format).input_ids) for row in others.rows} if others else set()
+    elsewhere = {tuple(example.input_ids) for example in encoded(others, encoder)[0]} if others else set()
     named: dict[str, list[str]] = {}
     for place, example, length in zip(places, examples, lengths, strict=True):
         tokens = tuple(example.input_ids)
@@ -70,6 +76,9 @@ def examine(
             f"whose answer is cut away at context_length {context_length}": bool(example.num_trained_tokens)
             and not kept.num_trained_tokens,
             "there more than once (copies after the first)": content in met,
+            "with a stop token within an answer (it would learn to stop there)": any(
+                span.is_learnt and not stops.isdisjoint(span.token_ids[:-1]) for span in spans(example)
+            ),
             "in the other split as well": tokens in elsewhere,
             "that never learn to stop (no stop token is learnt)": not stops.intersection(example.labels),
         }
@@ -77,15 +86,27 @@ def examine(
         for message, is_so in marks.items():
             if is_so:
                 named.setdefault(message, []).append(place)
+    suggested = math.ceil(_percentiles(lengths)["p95"] / CONTEXT_STEP) * CONTEXT_STEP
     return Examination(
         format=rows.format,
-        num_rows=len(examples),
+        num_rows=len(rows.rows),
         num_tokens=sum(lengths),
         num_trained_tokens=sum(example.num_trained_tokens for example in examples),
         percentiles=_percentiles(lengths),
         histogram=_histogram(lengths),
+        suggested_context_length=suggested,
+        share_held=sum(length <= suggested for length in lengths) / len(lengths),
         findings=tuple(Finding(text, len(found), tuple(found[:MAX_NAMED])) for text, found in named.items()),
     )
+
+
+def encoded(rows: Rows, encoder: Encoder) -> tuple[list[Example], list[str]]:
+    """Every example and its place. A pair is two."""
+    if rows.format != "preference":
+        return [encoder.encode(row, rows.format) for row in rows.rows], [row.where for row in rows.rows]
+    pairs = [(row, encoder.pair(row)) for row in rows.rows]
+    examples = [example for _, pair in pairs for example in pair]
+    return examples, [f"{row.where} ({side})" for row, _ in pairs for side in ANSWERS]
 
 
 def spans(example: Example) -> list[Span]:

@@ -3,6 +3,7 @@
 loradock data lora.yaml --rows 5
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +78,10 @@ def _show(screen: "Console", key: str, found: "Examination") -> None:
         f"{found.num_trained_tokens:,} learnt ({found.num_trained_tokens / max(1, found.num_tokens):.1%})"
     )
     screen.print("  tokens a row: " + ", ".join(f"{name} {value:,}" for name, value in found.percentiles.items()))
+    screen.print(
+        f"  context_length {found.suggested_context_length:,} would hold {found.share_held:.1%} of them whole "
+        "(their p95, rounded up)"
+    )
     most = max(count for _, _, count in found.histogram)
     for low, high, count in found.histogram:
         screen.print(f"  {low:>6,} to {high:>6,} {'█' * round(BAR * count / most)} {count:,}")
@@ -90,13 +95,12 @@ def _preview(screen: "Console", rows: "Rows", encoder: "Encoder", tokenizer: Any
     from rich.text import Text
 
     from loradock_adapters.console import printable
-    from loradock_train.doctor import spans
+    from loradock_train.doctor import encoded, spans
 
-    for row in rows.rows[:count]:
-        example = encoder.encode(row, rows.format)
+    for example, place in zip(*encoded(replace(rows, rows=rows.rows[:count]), encoder), strict=True):
         line = Text()
         for span in spans(example):
             text = printable(tokenizer.decode(list(span.token_ids)))
             line.append(f"⟦{text}⟧" if span.is_learnt else text, style="green" if span.is_learnt else "dim")
-        screen.print(f"{row.where}: ⟦learnt⟧", style="bold")
+        screen.print(f"{place}: ⟦learnt⟧", style="bold")
         screen.print(line)
