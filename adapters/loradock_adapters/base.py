@@ -22,7 +22,9 @@ EMBEDDING_NAMES = frozenset(
     {"embed_tokens", "lm_head", "wte", "wpe", "word_embeddings", "embed_in", "embed_out", "embedding"}
 )
 """Last parts of the names that modules over the vocabulary or over positions go by."""
-_LAYER = re.compile(r"(?:model|model\.language_model|language_model\.model|transformer)\.(?:layers|h)\.(\d{1,9})\.")
+_LAYER = re.compile(
+    r"(?:model|model\.language_model|model\.text_model|language_model\.model|transformer)\.(?:layers|h)\.(\d{1,9})\."
+)
 """Where the families keep the layers of their language models."""
 
 

@@ -44,18 +44,24 @@ class EngineLimits:
     """One of LORA_RANKS; vLLM's own default is 16."""
     enable_lora: bool = True
     """False where the base engine runs without LoRA: then nothing is shared."""
+    tower_lora: bool = False
+    """Whether it runs with enable_tower_connector_lora: what lies outside the language model is applied too."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"max_lora_rank": self.max_lora_rank, "enable_lora": self.enable_lora}
+        return {
+            "max_lora_rank": self.max_lora_rank,
+            "enable_lora": self.enable_lora,
+            "tower_lora": self.tower_lora,
+        }
 
     @classmethod
     def from_json(cls, document: object) -> "EngineLimits":
         """From a server's answer. Raises ValueError where that does not say."""
-        rank = document.get("max_lora_rank") if isinstance(document, dict) else None
-        lora = document.get("enable_lora") if isinstance(document, dict) else None
+        told = document if isinstance(document, dict) else {}
+        rank, lora = told.get("max_lora_rank"), told.get("enable_lora")
         if type(rank) is not int or not isinstance(lora, bool):
             raise ValueError(f"no engine's limits: {ascii(document)[:120]}")
-        return cls(rank, lora)
+        return cls(rank, lora, told.get("tower_lora") is True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +72,22 @@ class ArchitectureRules:
     lora: bool
     embedding_modules: frozenset[str]
     """Last parts of the embedding modules that can carry LoRA; the linear layers of a LoRA architecture all can."""
+    tower: bool = False
+    """Whether what lies outside the language model can carry LoRA, where the engine is told to."""
 
 
 def ladder_rank(rank: int) -> int | None:
     """The smallest `max_lora_rank` that an adapter of this rank fits; None where there is none."""
     return next((step for step in LORA_RANKS if step >= rank), None)
+
+
+SUCCESSORS = {
+    "Idefics2ForConditionalGeneration": (
+        "vLLM has no Idefics2, and its processor cannot run there either; train Idefics3ForConditionalGeneration or "
+        "SmolVLMForConditionalGeneration, which have the same text_model and connector and are served"
+    ),
+}
+"""Architectures that train, and that no engine serves: what to take instead."""
 
 
 def architecture_rules(name: str) -> ArchitectureRules | None:
@@ -82,6 +99,7 @@ def architecture_rules(name: str) -> ArchitectureRules | None:
         name=name,
         lora=row["lora"],
         embedding_modules=frozenset(row.get("embeddings", ())),
+        tower=row.get("tower", False),
     )
 
 

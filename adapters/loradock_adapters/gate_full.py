@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from loradock_adapters.base_shapes import derived_modules
 from loradock_adapters.checkpoint import MODEL_CONFIG, MODEL_INDEX, Checkpoint
-from loradock_adapters.engine_rules import VLLM_VERSION, architecture_rules
+from loradock_adapters.engine_rules import SUCCESSORS, VLLM_VERSION, architecture_rules
 from loradock_adapters.findings import Findings
 
 _HEAD = "ForSequenceClassification"
@@ -47,7 +47,8 @@ def _judge_architecture(config: Mapping[str, object], findings: Findings) -> Non
     known = [*names, *(name.removesuffix(_HEAD) + "ForCausalLM" for name in heads)]
     if not any(architecture_rules(name) for name in known):
         message = f"vLLM {VLLM_VERSION} does not list {ascii(names[0])[:80]}"
-        findings.refuse("architecture_unknown", message, f"{MODEL_CONFIG}: architectures")
+        fix = SUCCESSORS.get(names[0], "")
+        findings.refuse("architecture_unknown", message, f"{MODEL_CONFIG}: architectures", fix)
 
 
 def _judge_weights(checkpoint: Checkpoint, findings: Findings) -> None:

@@ -14,7 +14,9 @@ from loradock_adapters.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkp
 from loradock_adapters.engine_rules import (
     FLOAT_DTYPES,
     MAX_LM_HEAD_VOCAB,
+    SUCCESSORS,
     TOWER_PARTS,
+    VLLM_VERSION,
     EngineLimits,
     architecture_rules,
     ladder_rank,
@@ -43,7 +45,7 @@ def judge_lora(checkpoint: Checkpoint, base: BaseModel | None, limits: EngineLim
         findings.remark("base_not_given", "not compared with a base model: none was named", "base")
     else:
         _judge_architecture(base, limits, findings)
-        _judge_against_base(keys, factors, checkpoint, base, findings)
+        _judge_against_base(keys, factors, checkpoint, base, limits, findings)
         _judge_origin(checkpoint, base, findings)
     return ranks.largest if ranks is not None else None
 
@@ -183,6 +185,10 @@ def _judge_architecture(base: BaseModel, limits: EngineLimits, findings: Finding
     if not limits.enable_lora:
         findings.detour("engine_without_lora", "the base's engine runs without LoRA", "base")
         return
+    for name in SUCCESSORS.keys() & set(base.architectures):  # nor merged: no engine has the base
+        message = f"vLLM {VLLM_VERSION} does not list {name}"
+        findings.refuse("architecture_unknown", message, "base", SUCCESSORS[name])
+        return
     rules = [architecture_rules(name) for name in base.architectures]
     if not any(rule is not None and rule.lora for rule in rules):
         names = ", ".join(base.architectures) or "the base's architecture"
@@ -190,7 +196,12 @@ def _judge_architecture(base: BaseModel, limits: EngineLimits, findings: Finding
 
 
 def _judge_against_base(
-    keys: list[LoraKey], pairs: list[_Pair], checkpoint: Checkpoint, base: BaseModel, findings: Findings
+    keys: list[LoraKey],
+    pairs: list[_Pair],
+    checkpoint: Checkpoint,
+    base: BaseModel,
+    limits: EngineLimits,
+    findings: Findings,
 ) -> None:
     if not base.known:
         message = "the base's modules are not known here, so names and shapes cannot be checked"
@@ -226,10 +237,23 @@ def _judge_against_base(
             _judge_full_shape(key, tensor, base, findings)
     _judge_embeddings(pairs, base, findings)
     if base.multimodal:
-        outside = [pair.module for pair in pairs if not TOWER_PARTS.isdisjoint(pair.module.split("."))]
-        findings.detour_all("tower_lora", "the engine leaves out what is outside the language model", outside)
+        _judge_outside(pairs, base, limits, findings)
     if not strangers and not beyond:  # else what is missing is there under another name
         judge_targets(checkpoint.config, {key.module for key in keys if key.part in FACTORS}, base, findings)
+
+
+def _judge_outside(pairs: list[_Pair], base: BaseModel, limits: EngineLimits, findings: Findings) -> None:
+    """What is outside the language model: applied where the architecture can and the engine is told to."""
+    outside = [pair.module for pair in pairs if not TOWER_PARTS.isdisjoint(pair.module.split("."))]
+    can = any(rules is not None and rules.tower for rules in map(architecture_rules, base.architectures))
+    if can and limits.tower_lora:
+        return
+    message = "the engine leaves out what is outside the language model"
+    if can:
+        fix = "serve with engine.enable_tower_connector_lora: true, or target the language model's modules alone"
+        findings.detour_all("tower_lora", message, outside, fix)
+    else:
+        findings.detour_all("tower_lora", message, outside)
 
 
 def _judge_shape(pair: _Pair, base: BaseModel, findings: Findings) -> None:

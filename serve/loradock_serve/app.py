@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.routing import Route
@@ -104,6 +105,11 @@ def build_gateway(config: ServeConfig, admin_key: str | None, machine: Machine |
     return gateway
 
 
+def _has_tower_lora(arguments: Mapping[str, Any]) -> bool:
+    """Whether vLLM will apply adapters outside the language model: it silently does not where it has nothing else."""
+    return bool(arguments.get("enable_tower_connector_lora")) and not arguments.get("language_model_only")
+
+
 def _join(
     config: ServeConfig, admin_key: str | None, machine: Machine, base: ServedBase, lock: GatewayLock | None
 ) -> Gateway:
@@ -111,7 +117,11 @@ def _join(
     registry = Registry(registry_url(config))
     advice = engine_plan(config, base, machine, registry)
     lora = advice.sizing if advice is not None else None
-    limits = EngineLimits(lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK, enable_lora=lora is not None)
+    limits = EngineLimits(
+        lora.max_lora_rank if lora else DEFAULT_MAX_LORA_RANK,
+        enable_lora=lora is not None,
+        tower_lora=_has_tower_lora(config.engine.vllm_arguments),
+    )
     catalog = Catalog(registry, base.name, base.behaviour, _fit(config, registry, base, limits))
     # A Unix socket's path has room for 107 bytes: not under a data_dir that may be deep.
     socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))

@@ -170,3 +170,16 @@ def test_cut_shard_is_rejected_and_no_shape_is_missed_twice(tmp_path: Path) -> N
     shard.write_bytes(shard.read_bytes()[:-1])
     verdict = verdict_of(tmp_path)
     assert (verdict.placement, codes(verdict)) == ("rejected", ["tensor_out_of_file", "full_weights"])
+
+
+def test_idefics2_is_refused_and_its_successors_are_named(tmp_path: Path) -> None:
+    config = {"architectures": ["Idefics2ForConditionalGeneration"], "model_type": "idefics2", "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"model.x.weight": f32(2, 2)}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    verdict = judge(read_checkpoint(tmp_path), None, EngineLimits())
+    (reason,) = [reason for reason in verdict.reasons if reason.code == "architecture_unknown"]
+    assert verdict.placement == "rejected"
+    assert "vLLM 0.32.0 does not list Idefics2ForConditionalGeneration" in reason.message
+    assert "Idefics3ForConditionalGeneration" in reason.fix
+    assert "SmolVLMForConditionalGeneration" in reason.fix

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -295,6 +296,57 @@ def test_factors_outside_a_multimodal_models_language_model_are_dedicated(tmp_pa
         write_adapter(tmp_path / "adapter", tensors, target_modules=["q_proj"])
         verdict = verdict_of(tmp_path / "adapter", base_from(base, model_id="base"))
         assert (verdict.placement, codes(verdict)) == ("dedicated" if expected else "shared", expected)
+
+
+IDEFICS3: dict[str, Any] = {
+    "architectures": ["Idefics3ForConditionalGeneration"],
+    "text_config": {"num_hidden_layers": 1},
+    "vision_config": {},
+}
+CONNECTOR = "model.connector.modality_projection.proj"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tower_lora", "expected", "fix"),
+    [
+        ("Idefics3ForConditionalGeneration", True, None, None),
+        ("SmolVLMForConditionalGeneration", True, None, None),
+        ("Idefics3ForConditionalGeneration", False, "dedicated", "serve with engine.enable_tower_connector_lora: true"),
+        ("AriaForConditionalGeneration", True, "dedicated", "target the language model's modules alone"),
+        ("Idefics2ForConditionalGeneration", True, "rejected", "train Idefics3ForConditionalGeneration or SmolVLM"),
+    ],
+)
+def test_connector_is_shared_where_the_engine_is_told_to_and_can(
+    tmp_path: Path, architecture: str, tower_lora: bool, expected: str | None, fix: str | None
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    write_json(base / "config.json", IDEFICS3 | {"architectures": [architecture]})
+    modules = ("model.text_model.layers.0.self_attn.q_proj", CONNECTOR)
+    (base / "model.safetensors").write_bytes(safetensors_bytes({f"{m}.weight": f32(16, 16) for m in modules}))
+    tensors = {f"{PREFIX}{module}.lora_A.weight": f32(4, 16) for module in modules}
+    tensors |= {f"{PREFIX}{module}.lora_B.weight": f32(16, 4) for module in modules}
+    write_adapter(tmp_path / "adapter", tensors, target_modules=r".*(text_model|connector).*proj")
+    limits = EngineLimits(64, tower_lora=tower_lora)
+    verdict = judge(read_checkpoint(tmp_path / "adapter"), base_from(base, model_id="base"), limits)
+    assert verdict.placement == (expected or "shared")
+    assert (expected is None) == (not verdict.reasons)
+    assert fix is None or fix in " ".join(reason.fix for reason in verdict.reasons)
+    assert EngineLimits.from_json(limits.to_json()) == limits
+
+
+def test_layer_beyond_the_text_model_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    write_json(base / "config.json", IDEFICS3)
+    (base / "model.safetensors").write_bytes(
+        safetensors_bytes({"model.text_model.layers.0.self_attn.q_proj.weight": f32(16, 16)})
+    )
+    module = "model.text_model.layers.1.self_attn.q_proj"
+    tensors = {f"{PREFIX}{module}.lora_A.weight": f32(4, 16), f"{PREFIX}{module}.lora_B.weight": f32(16, 4)}
+    write_adapter(tmp_path / "adapter", tensors, target_modules=["q_proj"])
+    verdict = verdict_of(tmp_path / "adapter", base_from(base, model_id="base"))
+    assert (verdict.placement, codes(verdict)) == ("rejected", ["layer_beyond_base"])
 
 
 def test_gpt2_base_is_dedicated(tmp_path: Path) -> None:

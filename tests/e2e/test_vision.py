@@ -66,7 +66,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 @pytest.fixture(scope="module")
 def server(seen: Seen, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoradockServer]:
-    engine = {"dtype": "float32", "max_loras": 2, "kv_cache_gib": 1, "max_lora_rank": 8, "max_model_len": 128}
+    engine: dict[str, Any] = {
+        "dtype": "float32",
+        "max_loras": 2,
+        "kv_cache_gib": 1,
+        "max_lora_rank": 8,
+        "max_model_len": 128,
+    }
+    engine |= {"enable_tower_connector_lora": True}
     with loradock_server(seen.base, tmp_path_factory.mktemp("served") / "data", engine=engine) as running:
         for name, run in seen.runs.items():
             running.loradock("push", str(run.directory), name)
@@ -105,7 +112,7 @@ def test_training_brings_answers_nearer_to_the_truth(seen: Seen, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "placement"), [("language", "shared"), ("connector", "dedicated"), ("selective", "dedicated")]
+    ("name", "placement"), [("language", "shared"), ("connector", "shared"), ("selective", "dedicated")]
 )
 def test_served_model_sees_what_the_trained_one_sees(
     server: LoradockServer, seen: Seen, name: str, placement: str

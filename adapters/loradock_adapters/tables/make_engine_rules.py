@@ -139,7 +139,7 @@ def _attributes(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
                 continue
         if name == "embedding_modules" and isinstance(value, ast.Dict):
             yield name, sorted(ast.literal_eval(value))
-        elif name == "supports_lora" and isinstance(value, ast.Constant):
+        elif name in ("supports_lora", "supports_tower_connector_lora") and isinstance(value, ast.Constant):
             yield name, value.value
 
 
@@ -163,7 +163,12 @@ def make_table(root: Path) -> dict[str, Any]:
     for architecture, (module, name) in sorted(sources.registry().items()):
         lora = sources.supports_lora(module, name)
         embeddings = (sources.class_attribute(module, name, "embedding_modules") or []) if lora else []
-        rows[architecture] = {"lora": lora, "embeddings": embeddings} if embeddings else {"lora": lora}
+        tower = lora and bool(sources.class_attribute(module, name, "supports_tower_connector_lora"))
+        rows[architecture] = {
+            "lora": lora,
+            **({"embeddings": embeddings} if embeddings else {}),
+            **({"tower": tower} if tower else {}),
+        }
     return {"vllm_version": _vllm_version(), "architectures": rows}
 
 
