@@ -180,6 +180,6 @@ def test_idefics2_is_refused_and_its_successors_are_named(tmp_path: Path) -> Non
     verdict = judge(read_checkpoint(tmp_path), None, EngineLimits())
     (reason,) = [reason for reason in verdict.reasons if reason.code == "architecture_unknown"]
     assert verdict.placement == "rejected"
-    assert "vLLM 0.32.0 does not list Idefics2ForConditionalGeneration" in reason.message
+    assert "vLLM 0.32.0 does not list 'Idefics2ForConditionalGeneration'" in reason.message
     assert "Idefics3ForConditionalGeneration" in reason.fix
     assert "SmolVLMForConditionalGeneration" in reason.fix
