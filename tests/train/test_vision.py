@@ -1,17 +1,32 @@
 """Rows with images as tokens, labels and pixels; and whole runs of a tiny Idefics3."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from loradock_testing.rows import WriteRows
-from loradock_testing.tiny_vision import IMAGE_TOKENS, data_url, make_idefics3, square
+from loradock_testing.tiny_vision import (
+    IMAGE_TOKENS,
+    data_url,
+    make_idefics2,
+    make_idefics3,
+    make_smolvlm,
+    png_bytes,
+    square,
+)
 from loradock_train import train
+from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from
 from loradock_train.dataset import Collator, build_dataset
 from loradock_train.encode import IGNORED, Encoder
@@ -269,3 +284,77 @@ def test_encoder_of_a_config_sees_where_its_model_does(seeing: Path, write_rows:
     processor = make_processor(config, base_config(config), read_rows(config.train_path, "auto", "t"), tokenizer)
     assert isinstance(make_encoder(config, tokenizer, processor), VisionEncoder)
     assert type(make_encoder(config, tokenizer, None)) is Encoder
+
+
+def test_idefics2_trains_and_is_told_that_nobody_serves_it(write_rows: WriteRows, tmp_path: Path) -> None:
+    base = make_idefics2(tmp_path / "tiny-idefics2")
+    data = write_rows("rows.jsonl", [colour_row("red"), colour_row("blue")])
+    trainable = ["(text_model|connector).*proj"]
+    run = train(config_of(base, data, trainable=trainable, learning_rate=1e-3), output=tmp_path / "run")
+    assert run.summary["final_train_loss"] > 0
+    assert run.summary["proof"]["base"] > 0
+    told = " ".join(run.summary["notices"])
+    assert "vLLM 0.32.0 does not list 'Idefics2ForConditionalGeneration'" in told
+
+
+def test_killed_run_with_images_goes_on_to_the_same_bits(seeing: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    for colour in ("red", "blue", "green"):
+        (tmp_path / f"{colour}.png").write_bytes(png_bytes(square(colour)))
+    rows = [
+        row(("user", [{"type": "image", "path": f"{colour}.png"}, said(text)]), ("assistant", colour)).values
+        for colour in ("red", "blue", "green")
+        for text in ("What?", "Which colour is it?")
+    ]
+    data = write_rows("rows.jsonl", rows)
+    lora = {"r": 4, "lora_dropout": 0.2, "target_modules": PATTERN}
+    similarity = {"max_new_tokens": 3, "path": str(data)}
+    config = config_of(seeing, data, lora_config=lora, max_steps=6, save_steps=2, similarity=similarity)
+    killed = {"config": config, "output": str(tmp_path / "killed")}
+    legs = [
+        {"config": config, "output": str(tmp_path / "alone"), "resume": False},
+        {**killed, "resume": False, "kill_at_batch": 4},
+        {**killed, "resume": True},
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "loradock_testing.train_legs"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        input=json.dumps(legs), capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    assert json.loads(done.stdout) == [0, -9, 0], done.stderr
+    for name in ("checkpoint/adapter_model.safetensors", "similarity/before.csv", "similarity/after.csv"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+# ---- recipes, and what needs more than every machine has ------------------------------------------------
+
+RECIPES = Path(__file__).parents[2] / "train" / "recipes"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("idefics3-lora", "lora"), ("idefics3-selective-full", "full")])
+def test_recipe_is_a_config_and_selects_what_it_says(seeing: Path, name: str, kind: str) -> None:
+    values = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+    config = TrainConfig.model_validate({**values, "train_path": ("t",), "valid_path": ("v",)})
+    assert config.kind == kind
+    assert (config.peak_learning_rate, config.max_grad_norm, config.epoch_limit) == (1e-5, 0.3, 3)
+    names = [name for name, _module in AutoModelForImageTextToText.from_pretrained(seeing).named_modules()]
+    if config.lora_config is not None:
+        pattern = str(config.lora_config.target_modules)
+        hit = [name for name in names if re.fullmatch(pattern, name)]
+        assert len(hit) == 2 * 7
+        assert all(".text_model." in name for name in hit)
+    else:
+        assert config.trainable is not None
+        hit = [name for name in names if any(re.search(pattern, name + ".weight") for pattern in config.trainable)]
+        assert "model.connector.modality_projection.proj" in hit
+        assert not [name for name in hit if "vision" in name or "lm_head" in name]
+
+
+@pytest.mark.skipif(
+    find_spec("torchvision") is None or find_spec("num2words") is None,
+    reason="SmolVLM's processor needs torchvision and num2words: pip install torchvision num2words",
+)
+def test_smolvlm_is_encoded_as_its_processor_does(tmp_path: Path, write_rows: WriteRows) -> None:
+    base = make_smolvlm(tmp_path / "tiny-smolvlm")
+    data = write_rows("rows.jsonl", [colour_row("red"), colour_row("blue")])
+    run = train(config_of(base, data, lora_config={"r": 4, "target_modules": PATTERN}), output=tmp_path / "run")
+    assert run.summary["proof"]["base"] > 0

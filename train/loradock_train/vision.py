@@ -134,7 +134,9 @@ def check_images(encoder: Encoder, rows: Rows, packing: bool, has_task: bool) ->
         raise ModelError("packing: rows with images are not packed; set packing: false")
     if has_task:
         raise ModelError("task: rows with images are scored by similarity:, not by a task")
-    encoder.check(first)
+    by_number = {len(row.images): row for row in reversed(rows.rows) if row.images}
+    for row in by_number.values():
+        encoder.check(row)
 
 
 def probes_of(

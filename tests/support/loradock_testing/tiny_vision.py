@@ -1,4 +1,5 @@
-"""A tiny real Idefics3 for tests: a two-layer vision tower, a connector, a small Llama, and the processor beside them.
+"""A tiny real Idefics3 (and Idefics2, SmolVLM) for tests: a two-layer vision tower, a connector, a small Llama, and the
+processor beside them.
 
 Random but seeded, made on the spot in a second: nothing is downloaded, and torchvision is not needed. An image of any
 size becomes one of 32 x 32 pixels and four image tokens. Knows nothing of vLLM and nothing of Loradock.
@@ -12,11 +13,15 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
+    Idefics2Config,
+    Idefics2ForConditionalGeneration,
+    Idefics2Processor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
     PreTrainedTokenizerFast,
 )
+from transformers.models.idefics2.image_processing_pil_idefics2 import Idefics2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from loradock_testing.tiny_models import make_tokenizer
@@ -98,6 +103,58 @@ def _config(tokenizer: PreTrainedTokenizerFast, hidden: int, text_layers: int) -
         },
         dtype=torch.float32,
     )
+
+
+def make_idefics2(directory: Path, seed: int = 0) -> Path:
+    """Save a random Idefics2 with tokenizer and processor, and return the directory."""
+    tokenizer = make_tokenizer(directory)
+    tokenizer.add_special_tokens({"extra_special_tokens": list(SPECIAL[:3]), "pad_token": "<unk>"})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    pictures = Idefics2ImageProcessorPil(
+        size={"shortest_edge": 24, "longest_edge": IMAGE_SIZE}, do_image_splitting=False
+    )
+    processor = Idefics2Processor(pictures, tokenizer, image_seq_len=IMAGE_TOKENS, chat_template=CHAT_TEMPLATE)
+    vision: Any = _config(tokenizer, 64, 2).vision_config
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    resampler = {"resampler_n_latents": IMAGE_TOKENS, "resampler_depth": 1, "resampler_n_heads": 2}
+    resampler |= {"resampler_head_dim": 32, "num_key_value_heads": 1, "hidden_size": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = Idefics2Config(
+        image_token_id=tokenizer.get_vocab()["<image>"],
+        tie_word_embeddings=False,
+        vision_config={key: value for key, value in vision.to_dict().items() if key != "model_type"},
+        perceiver_config=resampler,
+        text_config={"model_type": "mistral", "max_position_embeddings": 512, **sizes, **heads, **tokens},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = Idefics2ForConditionalGeneration(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return directory
+
+
+def make_smolvlm(directory: Path, seed: int = 0) -> Path:
+    """The same as a SmolVLM, whose processor needs torchvision and num2words."""
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor, SmolVLMVideoProcessor
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    make_idefics3(directory, seed)
+    processor = Idefics3Processor.from_pretrained(directory)
+    edge = {"longest_edge": IMAGE_SIZE}
+    pictures = SmolVLMImageProcessorPil(size=edge, max_image_size=edge)
+    videos: Any = SmolVLMVideoProcessor()
+    made = SmolVLMProcessor(pictures, processor.tokenizer, videos, IMAGE_TOKENS, CHAT_TEMPLATE)
+    config = _config(processor.tokenizer, 64, 2).to_dict()
+    config["vision_config"].pop("model_type")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fields = ("image_token_id", "pad_token_id", "scale_factor", "vision_config", "text_config")
+        model: Any = SmolVLMForConditionalGeneration(SmolVLMConfig(**{name: config[name] for name in fields}))  # type: ignore[no-untyped-call]
+    model.save_pretrained(directory)
+    made.save_pretrained(directory)
+    return directory
 
 
 def square(colour: str, size: int = 24) -> Image.Image:
