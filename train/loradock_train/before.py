@@ -37,6 +37,7 @@ from loradock_train.parameters import count_parameters, parameter_lines, select_
 from loradock_train.preference import build_pairs
 from loradock_train.proof import MAX_PROMPT_TOKENS, probe_logits
 from loradock_train.rows import Rows, read_rows
+from loradock_train.shared import Alone
 from loradock_train.stream import Stream, open_stream
 from loradock_train.task import Scorer, make_scorer
 from loradock_train.task_rows import check_answers
@@ -142,7 +143,7 @@ def _encode(
 
 
 def prepare_model(
-    config: TrainConfig, architecture: Any, tokenizer: PreTrainedTokenizerBase, data: RunData
+    config: TrainConfig, architecture: Any, tokenizer: PreTrainedTokenizerBase, data: RunData, shared: Alone
 ) -> tuple[Precision, Any, torch.Tensor]:
     """The model with its adapter, its types, and what it said to the probes before either was trained."""
     base_dtype = None if architecture is None else getattr(architecture, "dtype", None) or torch.float32
@@ -151,10 +152,13 @@ def prepare_model(
     if config.has_head:
         model = load_head_model(config, padding_id(tokenizer), precision.weights, attention_options(config))
     else:
-        model = make_model(config, tokenizer, precision) if config.kind == "scratch" else load_model(config, precision)
+        is_new = config.kind == "scratch"
+        make = partial(make_model, config, tokenizer, precision) if is_new else partial(load_model, config, precision)
+        model = shared.model(make)
     if torch.cuda.is_available():
         model.to("cuda")
     base_logits = probe_logits(model, data.probes, data.probe_pixels)
+    torch.manual_seed(config.seed)  # a new adapter follows from the seed, not from what loading the base drew before
     if config.lora_config is not None and config.adapter_path is not None:
         model = load_adapter(model, Path(config.adapter_path), config.lora_config)
     elif config.lora_config is not None:

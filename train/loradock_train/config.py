@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from loradock_train.config_preference import PreferenceOptions
-from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple
+from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple, list_as_tuple
 from loradock_train.config_similarity import SimilarityOptions
+from loradock_train.config_sweep import SweepEntry
 from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
 
 OPTIMISERS = (
@@ -54,6 +55,10 @@ class TrainConfig(Section):
     adapter_path: str | None = None
     """Adapter (or run) whose training goes on, on the same base. Its rank, targets and scale are read from it, so
     lora_config may be left out. Default none: a new adapter."""
+
+    sweep: Annotated[tuple[SweepEntry, ...], BeforeValidator(list_as_tuple)] = ()
+    """Several adapters on one base in memory: a list of `name` and what sets each apart (learning_rate, seed, r,
+    lora_alpha, lora_dropout, target_modules, use_rslora). Default none."""
 
     # ---- data -----------------------------------------------------------------------------------------------------
     train_path: Paths
@@ -297,6 +302,21 @@ class TrainConfig(Section):
                 f"num_epochs: {self.num_epochs:g} of a stream: it is read in whole passes; give a whole number, or "
                 "max_steps"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sweep_shares_a_frozen_base(self) -> Self:
+        if not self.sweep:
+            return self
+        if self.lora_config is None or self.has_head or self.lora_config.bias != "none":
+            raise ValueError(
+                "sweep trains adapters on one frozen base: give lora_config, without bias and without a new head"
+            )
+        if self.streaming or self.num_devices > 1 or self.adapter_path is not None:
+            raise ValueError("sweep goes with neither streaming, num_devices nor adapter_path; remove one of the two")
+        names = [entry.name for entry in self.sweep]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sweep has names twice: {', '.join(twice)}")
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ from loradock_train.config import TrainConfig
 from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.config_similarity import SimilarityOptions
+from loradock_train.config_sweep import SweepEntry
 from loradock_train.config_task import EarlyStopping, TaskOptions
 from loradock_train.continued_options import adapter_directory, adapter_options
 from loradock_train.errors import ConfigError, Problem
@@ -154,6 +155,9 @@ def _key_path(location: Sequence[str | int]) -> Keys:
 
 def _message(detail: Any, keys: Keys) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "extra_forbidden" and len(detail["loc"]) == 3 and detail["loc"][0] == "sweep":
+        _, place, name = detail["loc"]
+        return f"unknown key {name} of entry {place + 1}; known here: {', '.join(SweepEntry.model_fields)}"
     if kind == "extra_forbidden":
         return f"unknown key{_nearest(keys)}"
     if kind == "missing":

@@ -59,7 +59,9 @@ from loradock_train.saves import (
     write_save,
 )
 from loradock_train.scoring import write_scores
+from loradock_train.shared import Alone
 from loradock_train.similarity import make_judge
+from loradock_train.sweep import run_sweep
 from loradock_train.tokenizer import make_tokenizer, tokenizer_sha256
 from loradock_train.trackers import check_trackers
 from loradock_train.vision import make_processor
@@ -75,7 +77,9 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        """What is pushed."""
+        """What is pushed; of a sweep, that of the best adapter."""
+        if self.kind == "sweep":
+            return self.directory / str(self.summary["best"]) / "checkpoint"
         return self.directory / "checkpoint"
 
     @property
@@ -115,12 +119,27 @@ def train(
     """
     config, notices, name = _resolve(config, overrides)
     directory = run_directory(config, output, name)
+    if config.sweep:
+        return _sweep(config, notices, directory, overwrite, resume, console)
     if must_launch(config.num_devices, machines):
         order = make_order(config, notices, name, directory, overwrite, resume)
         launch(order, config.num_devices, machines if machines is not None else Machines())
         return Run(directory, config.kind, read_summary(directory))
     console = console if console is not None else Console(stderr=True)
     return train_here(config, notices, name, directory, overwrite, resume, console)
+
+
+def _sweep(
+    config: TrainConfig, notices: Sequence[str], directory: Path, overwrite: bool, resume: bool, console: Console | None
+) -> Run:
+    """Each adapter as a run of its own, on what they share."""
+    console = console if console is not None else Console(stderr=True)
+
+    def run(leg: TrainConfig, name: str, place: Path, goes_on: bool, shared: Alone) -> dict[str, Any]:
+        console.print(f"sweep: {name}", markup=False, highlight=False)
+        return train_here(leg, notices, name, place, overwrite, goes_on, console, shared).summary
+
+    return Run(directory, "sweep", run_sweep(config, directory, overwrite, resume, run))
 
 
 def train_here(
@@ -131,6 +150,7 @@ def train_here(
     overwrite: bool,
     resume: bool,
     console: Console,
+    shared: Alone | None = None,
 ) -> Run:
     """The run in this process, or this process's part of it where there are several: then only process 0 prints and
     writes, and all return when it has."""
@@ -143,6 +163,7 @@ def train_here(
             overwrite,
             resume,
             console if is_main() else Console(quiet=True),
+            shared if shared is not None else Alone(),
         )
 
 
@@ -154,6 +175,7 @@ def _train_here(
     overwrite: bool,
     resume: bool,
     console: Console,
+    shared: Alone,
 ) -> Run:
     save = common_save(on_main(lambda: check_output(directory, overwrite, resume)))
     started_s, spending = time.monotonic(), SpendMeter(None if save is None else save.spent)
@@ -162,13 +184,13 @@ def _train_here(
     check_machine(config)
     check_trackers(config.report_to)
     architecture = None if config.model_id is None else base_config(config)
-    rows, stream = open_rows(config)
+    rows, stream = shared.once("rows", lambda: open_rows(config))
     check_preference_run(config, rows.format)
     tokenizer = make_tokenizer(config, rows)
     if architecture is not None:
         check_base(architecture, len(tokenizer), config.context_length)
     processor = make_processor(config, architecture, rows, tokenizer)
-    data = load_data(config, rows, tokenizer, processor, stream)
+    data = shared.once("data", lambda: load_data(config, rows, tokenizer, processor, stream))
     for split in data.splits.values():
         notices.extend(split.notices)
     for key, report in data.reports.items():
@@ -180,7 +202,7 @@ def _train_here(
     if save is not None:
         notices.extend(check_same(save, identity))
     notices.extend(adapter_notices(config))
-    precision, model, base_logits = prepare_model(config, architecture, tokenizer, data)
+    precision, model, base_logits = prepare_model(config, architecture, tokenizer, data, shared)
     if config.has_head:
         notices.append("a classification head: it will be served by a dedicated engine, through POST /classify")
     else:

@@ -3,6 +3,7 @@
 loradock train lora.yaml --set lora_config.r=16 --output runs/lora-16
 """
 
+import json
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from loradock_adapters.commands.options import DEFAULT_SERVER, ApiKey, Server
+from loradock_adapters.errors import UsageError
 from loradock_train.launch import Machines
 from loradock_train.processes import is_main
 
@@ -66,6 +68,8 @@ def train(
     check_push(push, server)
     resolved, notices = load_config(config, overrides)  # a typo is told before the heavy imports
     directory = run_directory(resolved, output, config.stem)
+    if resolved.sweep and push is not None:
+        raise UsageError("--push publishes one checkpoint, and a sweep makes several: push the one you choose")
     try:
         if must_launch(resolved.num_devices, machines):
             order = make_order(resolved, notices, config.stem, directory, overwrite, resume)
@@ -79,7 +83,13 @@ def train(
         return
     if not is_main() or node_rank > 0:
         return
-    if as_json:
+    if resolved.sweep:
+        told_by_sweep = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
+        if as_json:
+            out_json(told_by_sweep)
+        else:
+            out("\n".join(str(directory / leg["name"] / "checkpoint") for leg in told_by_sweep["legs"]))
+    elif as_json:
         out_json(read_summary(directory))
     else:
         out(str(directory / "checkpoint"))
