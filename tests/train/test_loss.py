@@ -6,7 +6,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from loradock_train.encode import IGNORED
 from loradock_train.loss import can_own_loss, cross_entropy_sum, own_loss
@@ -145,3 +154,16 @@ def test_model_with_capped_logits_keeps_its_own_loss() -> None:
     row = batch()["input_ids"][1]
     assert not can_own_loss(model, row)
     assert can_own_loss(llama(), row)
+
+
+def test_model_whose_loss_balances_its_experts_keeps_it() -> None:
+    """The balance is a thousandth of the loss: a comparison of the two losses alone would not see it go."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, output_router_logits=True,
+    )  # fmt: skip
+    model: Any = MixtralForCausalLM(config)  # type: ignore[no-untyped-call]
+    row = batch()["input_ids"][1]
+    assert not can_own_loss(model, row)
+    model.config.output_router_logits = False
+    assert can_own_loss(model, row)

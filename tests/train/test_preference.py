@@ -189,6 +189,23 @@ def test_first_step_has_the_loss_of_no_preference(base: Path, tmp_path: Path, wr
     assert run.final_train_loss == pytest.approx(0.693147, abs=1e-5)
 
 
+def test_accumulated_pairs_move_the_weights_as_one_batch_does(
+    base: Path, tmp_path: Path, write_rows: WriteRows
+) -> None:
+    common = {"max_steps": 1, "optim": "sgd", "group_by_length": False, "learning_rate": 1e-1}
+    data = write_rows("rows.jsonl", PAIRS[:4])
+    whole = train(options(base, data, **common, train_batch_size_per_device=4), output=tmp_path / "whole")
+    apart = options(base, data, **common, train_batch_size_per_device=1, gradient_accumulation_steps=4)
+    ours, theirs = (
+        load_file(run.checkpoint / "model.safetensors") for run in (whole, train(apart, output=tmp_path / "parts"))
+    )
+    moved = 0.0
+    for name, tensor in load_file(base / "model.safetensors").items():
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6, msg=name)
+        moved = max(moved, float((ours[name] - tensor).abs().max()))
+    assert moved > 1e-4
+
+
 def test_adapter_holds_no_reference(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:
     run = train(
         options(base, write_rows("rows.jsonl", PAIRS), lora_config={"r": 4}, max_steps=2), output=tmp_path / "run"
