@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from loradock_testing.worlds import run_worlds
 from loradock_train.order import FILLER, Shares
 
 ROWS = [
@@ -41,18 +39,6 @@ CASES = [("full", "accumulated"), ("full", "two"), *((kind, "two-accumulated") f
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 2e-4
 """Relative, and of what the run has changed at most: sums of float32 in another order. Adam divides by the root of a
 gradient's square, so that a rounding of a gradient near zero is seen in the weight."""
-
-
-def run_worlds(legs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    done = subprocess.run(
-        [sys.executable, "-m", "loradock_testing.train_worlds"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=json.dumps(legs), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    sys.stdout.write(done.stderr)
-    endings: list[list[dict[str, Any]]] = json.loads(done.stdout)
-    return endings
 
 
 @pytest.fixture(scope="module")

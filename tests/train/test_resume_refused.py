@@ -195,8 +195,8 @@ def test_save_with_a_file_cut_short_is_refused_by_name(
 
 def write(run: Path, step: int, keep: int = 1, fill: Callable[[Path], None] = lambda _: None) -> Path:
     position = Position(step=step, tokens=0, elapsed_s=0.0, loss_sum=0.0, logged_step=0, history=[])
-    parts: dict[str, Any] = {"model": torch.nn.Linear(2, 2), "base_logits": torch.zeros(1, 3), "keep": keep}
-    return write_save(run, position, fill, identity=Identity({}, {}, None, {}), **parts)
+    parts: dict[str, Any] = {"base_logits": torch.zeros(1, 3), "keep": keep}
+    return write_save(run, position, {"weight": torch.zeros(2, 2)}, fill, identity=Identity({}, {}, None, {}), **parts)
 
 
 def test_newest_saves_are_kept(tmp_path: Path) -> None:

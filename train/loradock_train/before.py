@@ -155,7 +155,7 @@ def prepare_model(
         is_new = config.kind == "scratch"
         make = partial(make_model, config, tokenizer, precision) if is_new else partial(load_model, config, precision)
         model = shared.model(make)
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not config.is_sharded:  # a divided model goes there part by part
         model.to("cuda")
     base_logits = probe_logits(model, data.probes, data.probe_pixels)
     torch.manual_seed(config.seed)  # a new adapter follows from the seed, not from what loading the base drew before

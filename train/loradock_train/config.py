@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple, list_as_tuple
 from loradock_train.config_similarity import SimilarityOptions
@@ -139,6 +140,10 @@ class TrainConfig(Section):
     num_devices: int = Field(default=1, ge=1)
     """Processes on this machine that train together, one for each GPU. A step then takes that many times
     train_batch_size_per_device rows. Default 1. Under torchrun, accelerate or Ray their number counts."""
+
+    fsdp: FsdpOptions | None = None
+    """Divide parameters, gradients and optimiser states over the processes (torch's fully_shard). Default none: each
+    process holds the whole model."""
 
     # ---- batches --------------------------------------------------------------------------------------------------
     train_batch_size_per_device: int = Field(default=16, ge=1)
@@ -358,6 +363,11 @@ class TrainConfig(Section):
         if odd:
             raise ValueError(f"preference and {', '.join(odd)} do not go together; remove one of the two")
         return self
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model is divided over the processes."""
+        return self.fsdp is not None and self.fsdp.enabled
 
     @property
     def kind(self) -> Literal["lora", "full", "scratch"]:

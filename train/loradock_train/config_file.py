@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from loradock_adapters.errors import UsageError
 from loradock_adapters.strict_config import parse_value, read_yaml
 from loradock_train.config import TrainConfig
+from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.config_similarity import SimilarityOptions
@@ -34,6 +35,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "preference": PreferenceOptions,
     "task": TaskOptions,
     "similarity": SimilarityOptions,
+    "fsdp": FsdpOptions,
     "early_stopping": EarlyStopping,
 }
 

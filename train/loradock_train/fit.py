@@ -1,6 +1,5 @@
 """The training itself: the trainer put together from its parts, run to its end or to where it is asked to stop."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,14 @@ from loradock_train.preference import preference_trainer
 from loradock_train.processes import is_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
 from loradock_train.report import Outcome
-from loradock_train.saves import Position, Save
+from loradock_train.saves import Save
 from loradock_train.schedule import learning_rate_factor, length_of, length_of_stream
 from loradock_train.scoring import Scoring
+from loradock_train.shard import shard, unshard
 from loradock_train.stop import Saver, StopRequest
 from loradock_train.tokenizer import padding_id
 from loradock_train.trackers import Trackers
-from loradock_train.trainer import LoradockTrainer, loss_context, training_arguments
+from loradock_train.trainer import LoradockTrainer, Write, loss_context, training_arguments
 from loradock_train.vision import VisionCollator, loss_sample
 
 
@@ -46,7 +46,7 @@ def fit(
     directory: Path,
     console: Console,
     save: Save | None,
-    write: Callable[[Position, Callable[[Path], None]], Path],
+    write: Write,
 ) -> Outcome:
     """Train to the end. Raises RunStopped where a signal ends it earlier."""
     width_tokens = config.context_length if config.padding == "max_length" else None
@@ -62,6 +62,9 @@ def fit(
         if feed is None
         else length_of_stream(config, lambda: feed.place.passes)
     )
+    whole = model
+    if config.fsdp is not None and config.is_sharded:
+        model = shard(whole, config.fsdp)
     meter = Meter() if save is None else Meter(save.position.tokens, save.position.elapsed_s)
     history = [] if save is None else save.position.history
     trackers = Trackers(
@@ -114,6 +117,8 @@ def fit(
         each.__dict__.pop("forward", None)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     scored = scoring.end(steps)
+    if model is not whole:
+        unshard(model, whole)
     return Outcome(
         steps=steps,
         epochs=steps / length.steps_per_epoch if feed is None else feed.place.passes,

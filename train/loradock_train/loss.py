@@ -37,7 +37,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: nn.Module, chunk: int, *weights: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)  # N, D
-        grads: list[Tensor | None] = [None] * len(weights)
+        # Without a token to learn, zeros: other processes wait for this one's gradients.
+        grads: list[Tensor | None] = [torch.zeros_like(weight) if not len(targets) else None for weight in weights]
         for start in range(0, len(targets), chunk):
             with torch.enable_grad():
                 piece = hidden[start : start + chunk].detach().requires_grad_()

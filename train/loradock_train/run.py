@@ -59,6 +59,7 @@ from loradock_train.saves import (
     write_save,
 )
 from loradock_train.scoring import write_scores
+from loradock_train.shard import check_shardable
 from loradock_train.shared import Alone
 from loradock_train.similarity import make_judge
 from loradock_train.sweep import run_sweep
@@ -183,6 +184,7 @@ def _train_here(
 
     check_machine(config)
     check_trackers(config.report_to)
+    check_shardable(config)
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = shared.once("rows", lambda: open_rows(config))
     check_preference_run(config, rows.format)
@@ -220,12 +222,12 @@ def _train_here(
     if judge is not None and config.kind != "scratch":
         on_main(partial(judge.score, model, directory, "before"))
     write = partial(
-        write_save, directory, identity=identity, model=model, base_logits=base_logits, keep=config.keep,
+        write_save, directory, identity=identity, base_logits=base_logits, keep=config.keep,
         spent=spending.so_far,
     )  # fmt: skip
     outcome = fit(config, model, tokenizer, data, precision, directory, console, save, write)
 
-    trained_logits = probe_logits(model, data.probes, data.probe_pixels)
+    trained_logits = on_main(lambda: probe_logits(model, data.probes, data.probe_pixels))
     reports = data.reports if outcome.stream_report is None else data.reports | {"train": outcome.stream_report}
     if outcome.stream_report is not None:
         notices.extend(outcome.stream_report.notices("train_path", config.context_length))

@@ -29,6 +29,7 @@ from loradock_train.errors import Problem, ResumeError, TrainError
 from loradock_train.export import write_atomically
 from loradock_train.processes import gather_objects, world_size
 from loradock_train.rows import Rows
+from loradock_train.shard import gathered, put
 
 FOLDER = "saves"
 FREE_KEYS = frozenset(
@@ -114,10 +115,10 @@ def identity_of(
 def write_save(
     run: Path,
     position: Position,
+    weights: Mapping[str, Tensor],
     fill: Callable[[Path], None],
     *,
     identity: Identity,
-    model: nn.Module,
     base_logits: Tensor,
     keep: int,
     spent: Callable[[], Spent] = Spent,
@@ -126,7 +127,7 @@ def write_save(
     directory = run / FOLDER / f"step-{position.step:08d}"
 
     def write(temporary: Path) -> None:
-        save_file(trained_state(model), temporary / "weights.safetensors")
+        save_file(dict(weights), temporary / "weights.safetensors")
         save_file({"logits": base_logits.contiguous()}, temporary / "base.safetensors")
         fill(temporary)
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
@@ -156,11 +157,12 @@ def remove_leftovers(run: Path) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: the trained parameters (tied ones once) and the buffers that belong to the state."""
+    """What training changes: the trained parameters (tied ones once) and the buffers that belong to the state. Where
+    the model is divided over the processes, every one must ask."""
     kept = set(model.state_dict())
     state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     state.update((name, buffer) for name, buffer in model.named_buffers() if name in kept)  # type: ignore[misc]
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in state.items()}
+    return {name: gathered(tensor.detach()).to("cpu").contiguous() for name, tensor in state.items()}
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ def load_weights(directory: Path, model: nn.Module) -> None:
         )
     with torch.no_grad():
         for name, tensor in saved.items():
-            here[name].copy_(tensor)
+            put(here[name], tensor)
 
 
 def _directories(run: Path) -> list[Path]:

@@ -6,7 +6,7 @@ What to do with the trained model is export.py's and run.py's work; what a save 
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -33,14 +33,16 @@ from loradock_train.feed import Feed
 from loradock_train.loss import own_loss
 from loradock_train.model import Precision
 from loradock_train.order import EpochSampler, Order, seed_step
-from loradock_train.processes import broadcast_object, gather_objects, on_main, rank, world_size
+from loradock_train.processes import broadcast_object, gather_objects, is_main, on_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
-from loradock_train.saves import Position, Save, load_weights
+from loradock_train.saves import Position, Save, load_weights, trained_state
 from loradock_train.schedule import Length
+from loradock_train.shard import divided_state, gathered_state, is_divided
 from loradock_train.stop import Saver
 
 STREAM_EVAL_STEPS = 500
 """Steps between two validations of a stream of which the number of steps is not known."""
+Write = Callable[[Position, Mapping[str, Tensor], Callable[[Path], None]], Path]
 
 
 class LoradockTrainer(Trainer):
@@ -61,7 +63,7 @@ class LoradockTrainer(Trainer):
         reporter: Reporter,
         saver: Saver,
         agreement: Agreement,
-        write: Callable[[Position, Callable[[Path], None]], Path],
+        write: Write,
         score: Callable[[nn.Module], dict[str, float]] | None = None,
         keeper: TrainerCallback | None = None,
         feed: Feed | None = None,
@@ -78,8 +80,17 @@ class LoradockTrainer(Trainer):
         """Of a stream, instead of order and train_dataset."""
         self._resumed: Position | None = None
         callbacks = [reporter, saver, _Hooks(self), *([] if keeper is None else [keeper]), agreement]
+        self._is_sharded = is_divided(options["model"])
         super().__init__(**options, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
+        if self._is_sharded:
+            # transformers' word for a model that brings its own placement and reduction of gradients.
+            self.is_distributed_loading_by_transformers = True
+            self._mixed_mesh_grads = True  # its norm of gradients then is that of all parts together
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self._is_sharded:
+            super()._move_model_to_device(model, device)
 
     # ---- exact resume ------------------------------------------------------------------------------------------------
 
@@ -120,15 +131,34 @@ class LoradockTrainer(Trainer):
             loss_sums=loss_sums,
             stream=None if self.feed is None else asdict(self.feed.place),
         )
-        self.last_save = (position.step, on_main(lambda: self._write(position, self._fill)))
+        asks = self._is_sharded or is_main()
+        weights = trained_state(cast(nn.Module, self.model)) if asks else {}
+        optimizer = gathered_state(cast(Optimizer, self.optimizer)) if self._is_sharded else None
+        path = on_main(lambda: self._write(position, weights, lambda directory: self._fill(directory, optimizer)))
+        self.last_save = (position.step, path)
 
-    def _fill(self, directory: Path) -> None:
-        self._save_optimizer_and_scheduler(str(directory))
+    def _fill(self, directory: Path, optimizer: dict[str, Any] | None) -> None:
+        if optimizer is None:
+            self._save_optimizer_and_scheduler(str(directory))
+        else:
+            torch.save(optimizer, directory / "optimizer.pt")
+            torch.save(cast(LambdaLR, self.lr_scheduler).state_dict(), directory / "scheduler.pt")
         self._save_scaler(str(directory))
         self.state.save_to_json(str(directory / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(Path(resume_from_checkpoint), cast(nn.Module, self.model))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer = cast(Optimizer, self.optimizer)
+        whole = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(divided_state(whole, optimizer))
+        cast(LambdaLR, self.lr_scheduler).load_state_dict(
+            torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+        )
 
     def restore_sums(self) -> None:
         """The loss since the last log, which transformers begins anew on resume."""
@@ -237,14 +267,15 @@ def training_arguments(
             steps = STREAM_EVAL_STEPS if length.is_clock_bound else max(1, math.ceil(length.max_steps / 10))
         evaluation = {"eval_strategy": "steps", "eval_steps": steps}
     has_gpu = torch.cuda.is_available()
+    checkpoints = config.gradient_checkpointing or (config.fsdp is not None and config.fsdp.activation_checkpointing)
     arguments = kind(
         output_dir=str(directory),
         max_steps=length.max_steps,
         per_device_train_batch_size=config.train_batch_size_per_device,
         per_device_eval_batch_size=config.eval_batch_size_per_device,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        gradient_checkpointing=checkpoints,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpoints else None,
         learning_rate=config.peak_learning_rate,
         weight_decay=config.weight_decay,
         adam_beta2=config.adam_beta2,
