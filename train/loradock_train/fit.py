@@ -1,5 +1,6 @@
 """The training itself: the trainer put together from its parts, run to its end or to where it is asked to stop."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any

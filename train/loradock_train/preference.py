@@ -160,8 +160,8 @@ def preference_trainer(
         def _prepare_dataset(self, dataset: Any, *unused: Any) -> Any:
             return dataset  # encoded by us already
 
-        def _fill(self, directory: Path) -> None:
-            super()._fill(directory)
+        def _fill(self, directory: Path, optimizer: dict[str, Any] | None) -> None:
+            super()._fill(directory, optimizer)
             text = json.dumps({"metrics": self._metrics["train"], "tokens": self._total_train_tokens})
             (directory / METRICS_FILE).write_text(text, encoding="utf-8")
 
