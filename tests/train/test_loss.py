@@ -94,6 +94,66 @@ def test_loss_and_gradients_equal_the_models_own_with_adapters_on_embedding_and_
     assert_same(adapted, adapted.get_base_model())
 
 
+WHOLE_LIST = ["q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "embed_tokens", "lm_head"]
+
+
+def test_gradients_of_a_and_b_on_embedding_and_head_are_the_models_own() -> None:
+    """The published list of modules, by name: TRL's fused loss cannot have the head among them."""
+    options = LoraConfig(r=4, lora_alpha=8, target_modules=WHOLE_LIST, init_lora_weights=False)
+    adapted: Any = get_peft_model(llama(), options)
+    inner = adapted.get_base_model()
+    assert can_own_loss(inner, batch()["input_ids"][1])
+    _, stock = loss_and_gradients(adapted, inner, ours=False, items=None)
+    _, own = loss_and_gradients(adapted, inner, ours=True, items=None)
+    for part in (
+        "lm_head.lora_A.default.weight", "lm_head.lora_B.default.weight",
+        "embed_tokens.lora_embedding_A.default", "embed_tokens.lora_embedding_B.default",
+    ):  # fmt: skip
+        name = next(name for name in own if name.endswith(part))
+        assert float(own[name].abs().max()) > 1e-3
+        torch.testing.assert_close(own[name], stock[name], rtol=1e-4, atol=1e-6)
+    assert not [name for name in own if ".base_layer." in name], "the base's matrices stay as they are"
+
+
+class _FixedDropout(nn.Module):
+    """Drops the same features of every token, so that two ways of calling the head can be compared."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        kept = torch.arange(states.shape[-1], device=states.device) % 4 != 0
+        return states * kept / 0.75
+
+
+def test_loss_and_gradients_equal_the_models_own_with_dropout_before_the_heads_adapter() -> None:
+    options = LoraConfig(r=4, lora_dropout=0.25, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapted: Any = get_peft_model(llama(), options)
+    without, _ = loss_and_gradients(adapted.eval(), adapted.get_base_model(), ours=True, items=None)
+    adapted.train()
+    for module in adapted.modules():
+        if isinstance(getattr(module, "lora_dropout", None), nn.ModuleDict):
+            module.lora_dropout["default"] = _FixedDropout()
+    assert_same(adapted, adapted.get_base_model())
+    with_dropout, _ = loss_and_gradients(adapted, adapted.get_base_model(), ours=True, items=None)
+    assert abs(with_dropout - without) > 1e-3, "it reaches the loss"
+
+
+def test_dropout_before_the_heads_adapter_is_drawn_from_the_seed() -> None:
+    options = LoraConfig(r=4, lora_dropout=0.5, target_modules=["lm_head"], init_lora_weights=False)
+    adapted: Any = get_peft_model(llama(), options)
+    inputs = batch()
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        with own_loss(adapted.get_base_model()):
+            return float(adapted(**inputs).loss.detach())
+
+    assert loss(1) == loss(1)
+    assert loss(1) != loss(2)
+    mean = sum(loss(seed) for seed in range(40)) / 40
+    torch.manual_seed(0)
+    stock = sum(float(adapted(**inputs).loss.detach()) for _ in range(40)) / 40
+    assert mean == pytest.approx(stock, rel=0.02), "of the same distribution as the model's own"
+
+
 def test_loss_and_gradients_equal_the_models_own_with_a_frozen_head() -> None:
     adapted: Any = get_peft_model(llama(), LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False))
     assert_same(adapted, adapted.get_base_model())
