@@ -107,6 +107,15 @@ CONFIGS = [
     config(
         "dropout", "lora_config: {lora_dropout: 1.5}", "line 3, lora_config.lora_dropout: must be less than 1, got 1.5"
     ),
+    config(
+        "bits",
+        "lora_config: {}\nquantisation: {load_in: 2bit}",
+        "line 4, quantisation.load_in: must be '4bit' or '8bit'",
+    ),
+    config(
+        "bits of a full run", "quantisation: {load_in: 4bit}", "line 3, quantisation: quantisation keeps a frozen base"
+    ),
+    config("ratio", "lora_config: {loraplus_lr_ratio: 0.5}", "line 3, lora_config.loraplus_lr_ratio: must be greater"),
     config("pattern", "trainable: ['(k']", "line 3, trainable: '(k' is no regular expression: missing ), unterminated"),
     config(
         "pattern of an adapter",

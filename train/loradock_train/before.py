@@ -155,7 +155,8 @@ def prepare_model(
         is_new = config.kind == "scratch"
         make = partial(make_model, config, tokenizer, precision) if is_new else partial(load_model, config, precision)
         model = shared.model(make)
-    if torch.cuda.is_available() and not config.is_sharded:  # a divided model goes there part by part
+    is_there = config.is_sharded or config.quantisation is not None  # divided ones go part by part
+    if torch.cuda.is_available() and not is_there:
         model.to("cuda")
     base_logits = probe_logits(model, data.probes, data.probe_pixels)
     torch.manual_seed(config.seed)  # a new adapter follows from the seed, not from what loading the base drew before
@@ -207,4 +208,4 @@ def announce(
         highlight=False,
     )
     for line in parameter_lines(model):
-        console.print(line, markup=False, highlight=False)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.config_preference import PreferenceOptions
+from loradock_train.config_quantisation import QuantisationOptions
 from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple, list_as_tuple
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_sweep import SweepEntry
@@ -46,6 +47,9 @@ class TrainConfig(Section):
 
     lora_config: LoraOptions | None = None
     """The adapter. Present: LoRA. Absent: full-parameter training."""
+
+    quantisation: QuantisationOptions | None = None
+    """Keep the frozen base of a LoRA run in 4 or 8 bits (QLoRA). Default none."""
 
     trainable: Annotated[Names, Field(min_length=1)] | None = None
     """Which parameters a full-parameter run trains, as a list of regular expressions: each is searched for in the names
@@ -273,6 +277,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _trainable_fits(self) -> Self:
+        if self.quantisation is not None and self.lora_config is None:
+            raise ValueError("quantisation keeps a frozen base in few bits: it needs lora_config, an adapter over it")
         if self.trainable is None:
             return self
         if self.lora_config is not None:

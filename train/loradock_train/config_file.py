@@ -19,6 +19,7 @@ from loradock_adapters.strict_config import parse_value, read_yaml
 from loradock_train.config import TrainConfig
 from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.config_preference import PreferenceOptions
+from loradock_train.config_quantisation import QuantisationOptions
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_sweep import SweepEntry
@@ -33,6 +34,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "lora_config": LoraOptions,
     "tokenizer": TokenizerOptions,
     "preference": PreferenceOptions,
+    "quantisation": QuantisationOptions,
     "task": TaskOptions,
     "similarity": SimilarityOptions,
     "fsdp": FsdpOptions,

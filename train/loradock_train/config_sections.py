@@ -88,6 +88,9 @@ class LoraOptions(Section):
     use_dora: bool = False
     """Weight-decomposed LoRA. Default false; true needs a dedicated engine."""
 
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+: the B matrices learn with that many times the learning rate. 16 is usual. Default: like A."""
+
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Module name (or regular expression) to a rank of its own. Default none."""
 

@@ -96,6 +96,7 @@ def fit(
             write=write,
             score=scoring.metrics,
             keeper=scoring.keeper,
+            b_ratio=config.lora_config.loraplus_lr_ratio if config.lora_config is not None else None,
             model=model,
             train_dataset=data.train,
             eval_dataset=data.valid,

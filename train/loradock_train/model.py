@@ -27,6 +27,7 @@ from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions
 from loradock_train.errors import ModelError
 from loradock_train.parameters import count_parameters as count_parameters
+from loradock_train.quantised import check_quantisation, keep_differentiable, loading_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head", "wte", "word_embeddings"})
@@ -104,6 +105,9 @@ def check_machine(config: TrainConfig) -> None:
         raise ModelError(
             f"optim: {config.optim} needs bitsandbytes, which is not installed: pip install 'loradock[quantised]'"
         )
+    if "paged" in config.optim and not torch.cuda.is_available():
+        raise ModelError(f"optim: {config.optim} pages between a GPU and its host; without a GPU use adamw_8bit")
+    check_quantisation(config.quantisation)
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ModelError("attn_implementation: flash_attention_2 needs flash-attn, which is not installed; use sdpa")
 
@@ -139,11 +143,16 @@ def load_model(config: TrainConfig, precision: Precision) -> PreTrainedModel:
     options = attention_options(config)
     try:
         model = auto_class(base_config(config)).from_pretrained(
-            str(config.model_id), dtype=precision.weights, trust_remote_code=False, **options
+            str(config.model_id),
+            dtype=precision.weights,
+            trust_remote_code=False,
+            **loading_options(config.quantisation, precision.arithmetic),
+            **options,
         )
     except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().split("\n", 1)[0]
         raise ModelError(f"model_id {config.model_id}: no model could be loaded: {first}") from error
+    keep_differentiable(model)
     return cast(PreTrainedModel, model)
 
 
@@ -192,7 +201,7 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     """Wrap the model with LoRA; a classification head is trained in full beside it. Raises ModelError where the adapter
     could not be what the config says."""
     _check_targets(model, options)
-    values = options.model_dump()
+    values = options.model_dump(exclude={"loraplus_lr_ratio"})
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values[name], tuple):
             values[name] = list(values[name]) or None

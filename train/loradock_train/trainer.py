@@ -32,6 +32,7 @@ from loradock_train.encode import IGNORED
 from loradock_train.feed import Feed
 from loradock_train.loss import own_loss
 from loradock_train.model import Precision
+from loradock_train.optimiser import quicken_b
 from loradock_train.order import EpochSampler, Order, seed_step
 from loradock_train.processes import broadcast_object, gather_objects, is_main, on_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
@@ -67,11 +68,12 @@ class LoradockTrainer(Trainer):
         score: Callable[[nn.Module], dict[str, float]] | None = None,
         keeper: TrainerCallback | None = None,
         feed: Feed | None = None,
+        b_ratio: float | None = None,
         **options: Any,
     ) -> None:
-        """score: metrics of the run's task. keeper: told of every validation."""
+        """score: metrics of the run's task. keeper: told of every validation. b_ratio: learning rate of B over A's."""
         self.meter = meter
-        self._score = score
+        self._score, self._b_ratio = score, b_ratio
         self.last_save: tuple[int, Path] | None = None
         """Step and directory."""
         self._rate, self._order, self._steps_per_epoch = rate, order, steps_per_epoch
@@ -168,6 +170,14 @@ class LoradockTrainer(Trainer):
             self._globalstep_last_logged = self._resumed.logged_step
 
     # ---- steps and validation ----------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """transformers' own; with LoRA+, B learns faster."""
+        is_new = self.optimizer is None
+        made = super().create_optimizer(model)
+        if is_new and self._b_ratio is not None:
+            quicken_b(made, cast(nn.Module, self.model if model is None else model), self._b_ratio)
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """Ours: it follows the clock where the run has a time limit."""
