@@ -279,8 +279,9 @@ class TrainConfig(Section):
     def _trainable_fits(self) -> Self:
         if self.quantisation is not None and self.lora_config is None:
             raise ValueError("quantisation keeps a frozen base in few bits: it needs lora_config, an adapter over it")
-        if self.quantisation is not None and self.has_head:
-            raise ValueError("quantisation and a classification head do not go together; remove one of the two")
+        if self.quantisation is not None and (self.has_head or self.is_sharded):
+            other = "a classification head" if self.has_head else "fsdp"
+            raise ValueError(f"quantisation and {other} do not go together; remove one of the two")
         if self.trainable is None:
             return self
         if self.lora_config is not None:
