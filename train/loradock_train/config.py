@@ -10,9 +10,11 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from loradock_train.architectures import with_named
 from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_quantisation import QuantisationOptions
+from loradock_train.config_scratch import Expected, SampleOptions
 from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple, list_as_tuple
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_sweep import SweepEntry
@@ -38,9 +40,9 @@ class TrainConfig(Section):
     model_id: str | None = None
     """Hub id, or path of a model directory (the `checkpoint` of another run, too). Or give `model` instead."""
 
-    model: dict[str, Any] | None = None
+    model: Annotated[dict[str, Any] | None, BeforeValidator(with_named)] = None
     """Architecture to train from scratch: `model_type` (llama, qwen3, gpt2, …) and any field of that transformers
-    config."""
+    config; or `name` (gpt2-small, gpt2-medium, gpt2-large, gpt2-small-6-layers, gpt2-1b) instead of them."""
 
     tokenizer: TokenizerOptions | None = None
     """The tokenizer of a from-scratch model. With `model_id` the model's own is used."""
@@ -245,6 +247,16 @@ class TrainConfig(Section):
         tuple[Tracker, ...], BeforeValidator(as_tuple, json_schema_input_type=Tracker | tuple[Tracker, ...])
     ] = ()
     """Where the lines of metrics.jsonl go as well: tensorboard, wandb, mlflow; one or a list. Default nowhere."""
+
+    samples: SampleOptions | None = None
+    """What the model says while it is trained. Default none."""
+
+    expected: Expected | None = None
+    """Published results, printed beside the run's own at its end. Default none."""
+
+    on_out_of_memory: Literal["error", "adapt"] = "error"
+    """Where memory does not suffice: end and say what to change, or halve the batch, double the accumulation and go on
+    (the same steps; one process). Default error."""
 
     license: str | None = Field(default=None, max_length=200)
     """Terms under which the checkpoint may be used, as an SPDX id or a name; written into the passport. Default: those

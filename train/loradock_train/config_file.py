@@ -20,6 +20,7 @@ from loradock_train.config import TrainConfig
 from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_quantisation import QuantisationOptions
+from loradock_train.config_scratch import Expected, SampleOptions
 from loradock_train.config_sections import LoraOptions, TokenizerOptions
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_sweep import SweepEntry
@@ -39,6 +40,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "similarity": SimilarityOptions,
     "fsdp": FsdpOptions,
     "early_stopping": EarlyStopping,
+    "samples": SampleOptions,
+    "expected": Expected,
 }
 
 

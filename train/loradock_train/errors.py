@@ -11,6 +11,7 @@ LoradockError
 └── TrainError                exit code 1
     ├── ExtractError          a full fine-tune whose change is not, or not well enough, a LoRA
     ├── LossError             the loss became NaN or infinite
+    ├── MemoryFullError       memory did not suffice; the message says what to change
     └── ProofError            the exported checkpoint does not do what the trained model did
 """
 
@@ -97,6 +98,12 @@ class LossError(TrainError):
     """The loss is no longer a number."""
 
     code = "loss_not_finite"
+
+
+class MemoryFullError(TrainError):
+    """Memory did not suffice."""
+
+    code = "out_of_memory"
 
 
 class ExtractError(TrainError):

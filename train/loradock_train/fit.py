@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from loradock_adapters.errors import UsageError
 from loradock_train.agree import Agreement, common_clock
 from loradock_train.before import RunData
 from loradock_train.config import TrainConfig
@@ -18,6 +19,7 @@ from loradock_train.errors import RunStopped
 from loradock_train.feed import Batching, Collate, Feed, Place
 from loradock_train.head import HeadCollator, head_loss
 from loradock_train.loss import can_own_loss
+from loradock_train.memory import facts_of, out_of_memory_told
 from loradock_train.model import (
     Precision,
     inner_model,
@@ -27,6 +29,8 @@ from loradock_train.preference import preference_trainer
 from loradock_train.processes import is_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
 from loradock_train.report import Outcome
+from loradock_train.samples import FILE as SAMPLES
+from loradock_train.samples import SampleWriter
 from loradock_train.saves import Save
 from loradock_train.schedule import learning_rate_factor, length_of, length_of_stream
 from loradock_train.scoring import Scoring
@@ -36,6 +40,7 @@ from loradock_train.tokenizer import padding_id
 from loradock_train.trackers import Trackers
 from loradock_train.trainer import LoradockTrainer, Write, loss_context, training_arguments
 from loradock_train.vision import VisionCollator, loss_sample
+from loradock_train.watch import Watch
 
 
 def fit(
@@ -101,11 +106,19 @@ def fit(
             train_dataset=data.train,
             eval_dataset=data.valid,
         )
+        watch = _watch_over(trainer, config, model, tokenizer, data, precision, reporter, directory, console)
+        trainer.facts, trainer.may_cut = facts_of(config, model, precision), config.on_out_of_memory == "adapt"
+        if trainer.may_cut and world_size() > 1:
+            raise UsageError(
+                f"on_out_of_memory: adapt works with one process, this run has {world_size()}: processes that cut "
+                "their batches differently would wait for each other; set on_out_of_memory: error"
+            )
         try:
-            if save is None:
-                trainer.train()
-            else:
-                trainer.go_on(save)
+            with out_of_memory_told(trainer):
+                if save is None:
+                    trainer.train()
+                else:
+                    trainer.go_on(save)
             meter.stop()
             steps = trainer.state.global_step
             if request.is_set and trainer.last_save is not None and trainer.last_save[0] == steps:
@@ -131,6 +144,7 @@ def fit(
         device=device,
         stream_report=None if feed is None else feed.report,
         scored=scored,
+        notices=(*watch.notices, *trainer.notices),
     )
 
 
@@ -138,6 +152,41 @@ def _can_own_loss(model: Any, data: RunData) -> bool:
     ids, pixels = loss_sample(data.train, data.processor)
     pixels = {name: value.to(model.device) for name, value in pixels.items()}
     return can_own_loss(inner_model(model), ids.to(model.device), pixels)
+
+
+def _watch_over(
+    trainer: LoradockTrainer,
+    config: TrainConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    data: RunData,
+    precision: Precision,
+    reporter: Reporter,
+    directory: Path,
+    console: Console,
+) -> Watch:
+    """Callbacks that look on and change nothing."""
+
+    def show(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    report = data.reports["train"]
+    watch = Watch(
+        config,
+        precision,
+        reporter,
+        report.num_trained_tokens / max(1, report.num_tokens),
+        len(tokenizer),
+        trainer.padded_share,
+        "position_ids" in data.train.column_names,
+        show,
+    )
+    trainer.show = show
+    trainer.add_callback(watch)
+    if config.samples is not None:
+        path = directory / SAMPLES if is_main() else None
+        trainer.add_callback(SampleWriter(config.samples, model, tokenizer, precision.arithmetic, path, console))
+    return watch
 
 
 def _feed(config: TrainConfig, data: RunData, collate: Collate, save: Save | None) -> Feed:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from loradock_train.errors import LossError
 from loradock_train.schedule import Length
+from loradock_train.trouble import not_finite_told
 
 
 class Meter:
@@ -128,10 +129,8 @@ class Reporter(TrainerCallback):
         if "loss" in logs:
             self._loss = logs["loss"]
             if not math.isfinite(self._loss):
-                raise LossError(
-                    f"the loss is {self._loss} at step {state.global_step}; usually the learning rate is too high "
-                    f"(it is {logs.get('learning_rate', 0):g} here): lower it, or give it warmup_steps"
-                )
+                rate = logs.get("learning_rate", 0.0)
+                raise LossError(not_finite_told(self._loss, state.global_step, rate, args.fp16))
             self._draw(state.global_step)
 
     def note(self, values: dict[str, Any]) -> None:

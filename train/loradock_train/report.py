@@ -23,6 +23,7 @@ from loradock_train.model import Precision, base_directory
 from loradock_train.parameters import parameter_report
 from loradock_train.processes import gather_objects, world_size
 from loradock_train.proof import Proof
+from loradock_train.results import perplexity_of
 from loradock_train.scoring import Scored
 
 PACKAGES = ("loradock", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers")
@@ -42,6 +43,8 @@ class Outcome:
     scored: Scored
     stream_report: DataReport | None = None
     """Of all rows that were read from a stream."""
+    notices: tuple[str, ...] = ()
+    """What was odd about the training."""
 
 
 def summarise(
@@ -68,6 +71,7 @@ def summarise(
         "tokens_per_s": round(outcome.tokens / outcome.seconds, 1) if outcome.seconds > 0 else None,
         "final_train_loss": losses[-1] if losses else None,
         "final_eval_loss": evals[-1] if evals else None,
+        "final_perplexity": perplexity_of(evals[-1] if evals else losses[-1] if losses else None),
         "parameters": parameter_report(model),
         "precision": {
             "weights": str(precision.weights).removeprefix("torch."),

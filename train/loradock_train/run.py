@@ -47,6 +47,7 @@ from loradock_train.preference import check_preference_run
 from loradock_train.processes import connected, is_main, on_main
 from loradock_train.proof import Proof, probe_logits
 from loradock_train.report import summarise, versions
+from loradock_train.results import few_tokens, result_lines
 from loradock_train.rundir import check_output, prepare_output
 from loradock_train.saves import (
     FOLDER,
@@ -199,6 +200,7 @@ def _train_here(
         if stream is None or key != "train":
             notices.extend(report.notices(key, config.context_length))
 
+    notices.extend(few_tokens(config, data.reports["train"].num_tokens, is_whole=stream is None))
     identity = identity_of(config, data.splits, tokenizer_sha256(tokenizer), versions())
     check_alike(identity)
     if save is not None:
@@ -231,6 +233,8 @@ def _train_here(
     reports = data.reports if outcome.stream_report is None else data.reports | {"train": outcome.stream_report}
     if outcome.stream_report is not None:
         notices.extend(outcome.stream_report.notices("train_path", config.context_length))
+        notices.extend(few_tokens(config, outcome.stream_report.num_tokens, is_whole=True))
+    notices.extend(outcome.notices)
     summary = summarise(config, model, reports, precision, outcome, notices)
 
     def finish() -> Run:
@@ -242,7 +246,8 @@ def _train_here(
         plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
         summary["data_sha256"] = {key: rows.sha256 for key, rows in data.splits.items()}
         run = _finish(directory, config, summary, proof, started_s, spending)
-        console.print(told(summary), markup=False, highlight=False)
+        for line in (*result_lines(config, summary), told(summary)):
+            console.print(line, markup=False, highlight=False)
         return run
 
     return on_main(finish)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 from loradock_adapters.errors import UsageError
 from loradock_train.errors import OutputError
+from loradock_train.samples import FILE as SAMPLES
+from loradock_train.samples import keep_samples
 from loradock_train.saves import FOLDER, Save, newest_save, remove_leftovers
 from loradock_train.scoring import FILES
 
 KEPT_ON_RESUME = ("trackers.json", "wandb")
 """What a tracker needs to go on with the same run."""
 OUR_FILES = (
-    *("config.yaml", "metrics.jsonl", "loss.png", "run.json", "push.json", "tensorboard"),
+    *("config.yaml", "metrics.jsonl", "loss.png", "run.json", "push.json", "tensorboard", SAMPLES),
     *(*KEPT_ON_RESUME, *FILES, "similarity", "checkpoint", FOLDER),
 )
 
@@ -60,6 +62,8 @@ def prepare_output(directory: Path, save: Save | None) -> None:
             remove_leftovers(directory)
         elif save is not None and name in KEPT_ON_RESUME:
             continue
+        elif save is not None and name == SAMPLES:
+            keep_samples(path, save.position.step)
         elif path.is_dir():
             shutil.rmtree(path)
         else:

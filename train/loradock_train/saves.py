@@ -45,6 +45,7 @@ FREE_KEYS = frozenset(
         "valid_path",
         "worker_resources",
         "trainer_resources",
+        *("samples", "expected", "on_out_of_memory"),
         *("price_per_hour", "power_watts", "report_to"),
     }
 )
@@ -79,6 +80,8 @@ class Position:
     """The lines of metrics.jsonl."""
     loss_sums: list[float] = field(default_factory=list)
     """loss_sum of every process, where there are several."""
+    pieces: int = 1
+    """Into which batches were cut for want of memory."""
     stream: dict[str, Any] | None = None
     """Where in the stream (feed.Place); None for data in memory."""
 

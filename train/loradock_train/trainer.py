@@ -31,6 +31,7 @@ from loradock_train.config import TrainConfig
 from loradock_train.encode import IGNORED
 from loradock_train.feed import Feed
 from loradock_train.loss import own_loss
+from loradock_train.memory import first_line, is_out_of_memory, pieces_of
 from loradock_train.model import Precision
 from loradock_train.optimiser import quicken_b
 from loradock_train.order import EpochSampler, Order, seed_step
@@ -40,6 +41,7 @@ from loradock_train.saves import Position, Save, load_weights, trained_state
 from loradock_train.schedule import Length
 from loradock_train.shard import divided_state, gathered_state, is_divided
 from loradock_train.stop import Saver
+from loradock_train.trouble import Facts
 
 STREAM_EVAL_STEPS = 500
 """Steps between two validations of a stream of which the number of steps is not known."""
@@ -80,6 +82,14 @@ class LoradockTrainer(Trainer):
         self._reporter, self._write = reporter, write
         self.feed = feed
         """Of a stream, instead of order and train_dataset."""
+        self.may_cut = False
+        """Whether batches are cut into pieces where memory does not suffice (on_out_of_memory: adapt)."""
+        self.pieces = 1
+        self.facts: Facts | None = None
+        self.notices: list[str] = []
+        self.show: Callable[[str], None] = lambda text: None
+        self._window: list[dict[str, Any]] = []
+        self._positions = self._real_positions = 0
         self._resumed: Position | None = None
         callbacks = [reporter, saver, _Hooks(self), *([] if keeper is None else [keeper]), agreement]
         self._is_sharded = is_divided(options["model"])
@@ -99,6 +109,7 @@ class LoradockTrainer(Trainer):
     def go_on(self, save: Save) -> None:
         """Train from where the save stands."""
         self._resumed = save.position
+        self.pieces = save.position.pieces
         self.train(resume_from_checkpoint=str(save.directory))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -131,6 +142,7 @@ class LoradockTrainer(Trainer):
             logged_step=self._globalstep_last_logged,
             history=self._reporter.history,
             loss_sums=loss_sums,
+            pieces=self.pieces,
             stream=None if self.feed is None else asdict(self.feed.place),
         )
         asks = self._is_sharded or is_main()
@@ -187,9 +199,69 @@ class LoradockTrainer(Trainer):
         return self.lr_scheduler
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Counts tokens, else transformers' own."""
+        """Counts tokens; for want of memory it cuts batches into pieces, where it may. Else transformers' own."""
         self.meter.count(int(inputs["num_tokens"]))
-        return super().training_step(model, _for_model(inputs), num_items_in_batch)
+        self._positions += inputs["input_ids"].numel()
+        self._real_positions += int(inputs["num_tokens"])
+        batch = _for_model(inputs)
+        if not self.may_cut:
+            return super().training_step(model, batch, num_items_in_batch)
+        self._window.append(batch)
+        try:
+            return self._in_pieces(model, batch, num_items_in_batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or num_items_in_batch is None:
+                raise
+            reason = first_line(error)  # the error itself holds on to what is to be freed
+        return self._again(model, num_items_in_batch, reason)
+
+    def _in_pieces(self, model: Any, batch: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """The batch, or one piece after the other: gradients add up to the same, since each loss is divided by the
+        tokens of the whole step."""
+        losses = [
+            super(LoradockTrainer, self).training_step(model, piece, num_items_in_batch)
+            for piece in pieces_of(batch, self.pieces)
+        ]
+        return torch.stack(losses).sum()
+
+    def _again(self, model: Any, num_items_in_batch: Any, reason: str) -> Tensor:
+        """The step so far once more, in smaller pieces; the loss of its last batch."""
+        while True:
+            rows = max(len(batch["input_ids"]) for batch in self._window)
+            if self.pieces >= rows:
+                raise torch.OutOfMemoryError(f"{reason} (with one row at a time)")
+            self.pieces *= 2
+            model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            seed_step(self.args.seed, self.state.global_step, self.args.process_index)
+            try:
+                losses = [self._in_pieces(model, batch, num_items_in_batch) for batch in self._window]
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+                continue
+            size, steps = (
+                -(-self.args.per_device_train_batch_size // self.pieces),
+                self.args.gradient_accumulation_steps,
+            )
+            text = (
+                f"out of memory at step {self.state.global_step}: on with batches of {size} and accumulation "
+                f"{steps * self.pieces} instead of {self.args.per_device_train_batch_size} and {steps} (the same steps)"
+            )
+            self.notices.append(text)
+            self.show(f"note: {text}")
+            return losses[-1]
+
+    def padded_share(self) -> float:
+        """Of all that the model computed in this process, what was padding."""
+        return 1.0 - self._real_positions / self._positions if self._positions else 0.0
+
+    def begin_step(self) -> None:
+        """Its random numbers follow from seed and step."""
+        self._window.clear()
+        seed_step(self.args.seed, self.state.global_step, self.args.process_index)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -244,7 +316,7 @@ class _Hooks(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        seed_step(args.seed, state.global_step, args.process_index)
+        self._trainer.begin_step()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
