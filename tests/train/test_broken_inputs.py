@@ -81,6 +81,7 @@ CONFIGS = [
     config("old key", "num_train_epochs: 0", "line 3, num_train_epochs: must be greater than 0, got 0"),
     config("old and new", "save_total_limit: 3\nkeep: 2", "line 3, save_total_limit: read as keep, which keep gives"),
     config("two types", "fp16: true\nbf16: true", "line 3, fp16: read as mixed_precision, which bf16 gives already"),
+    config("zero", "deepspeed: a.json", "line 3, deepspeed: no such file: {here}/a.json"),
     config("strategy", "eval_strategy: steps", "line 3, eval_strategy: steps, but no eval_steps"),
     Broken("no data key", "model_id: base\n", "train_path: required, but not given"),
     Broken("no model", "train_path: rows.jsonl\n", "config: give exactly one of model_id (train an existing model)"),

@@ -1,15 +1,17 @@
 """Keys of other trainers' files are read in our words, each with a notice; none is dropped in silence."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loradock_train.config import TrainConfig
-from loradock_train.config_file import config_from
+from loradock_train.config_file import config_from, load_config
 from loradock_train.errors import ConfigError
 from loradock_train.seed_keys import OLD_KEYS, RENAMED, UNUSED, translate
 
+RECIPES = Path(__file__).resolve().parents[2] / "train" / "recipes"
 MINIMAL = {"model_id": "org/model", "train_path": "rows.jsonl"}
 
 
@@ -103,9 +105,39 @@ def test_flash_attention_is_used_where_it_is(
     assert read(folder, flash_attention_2=False)[0].attn_implementation == "auto"
 
 
+@pytest.mark.parametrize(("stage", "offload"), [(1, False), (2, True), (3, False), (3, True)])
+def test_zero_stage_of_deepspeed_is_read_as_fsdp(folder: Path, stage: int, offload: bool) -> None:
+    zero = {"stage": stage, **({"offload_param": {"device": "cpu"}} if offload else {})}
+    (folder / "zero.json").write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": "auto"}}))
+    for given in ("zero.json", {"config_path": "zero.json"}, {"zero_optimization": zero}):
+        config, notices = read(folder, deepspeed=given, num_devices=2)
+        assert config.fsdp is not None
+        assert (config.fsdp.reshard_after_forward, config.fsdp.cpu_offload) == (stage == 3, offload)
+        assert notices[0].startswith(f"deepspeed: ZeRO stage {stage} is read as fsdp: ")
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b-lora.yaml", "llama-3-8b-full-parameter.yaml"])
+def test_recipe_with_the_templates_keys_is_read_and_every_key_is_told(name: str) -> None:
+    config, notices = load_config(RECIPES / name)
+    assert config.kind == ("lora" if "lora" in name else "full")
+    assert (config.num_devices, config.keep, config.train_path[0][:5]) == (16, 1, "s3://")
+    assert config.fsdp is not None
+    assert (config.fsdp.reshard_after_forward, config.fsdp.cpu_offload) == (True, True)
+    told = (
+        "num_checkpoints_to_keep:", "dataset_size_scaling_factor:", "flash_attention_2:", "deepspeed:", "padding:",
+        "worker_resources:", "trainer_resources:",
+    )  # fmt: skip
+    assert {key for key in told for notice in notices if notice.startswith(key)} == set(told)
+    assert len(notices) == len(told)
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
+        (
+            {"deepspeed": {"stage": 3, "zero_optimization": []}},
+            "deepspeed: expected {config_path: FILE.json}, or DeepSpeed's own keys with zero_optimization.stage",
+        ),
         (
             {"num_train_epochs": 1, "num_epochs": 2},
             "num_train_epochs: read as num_epochs, which num_epochs gives already; remove one of the two",

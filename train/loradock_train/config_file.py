@@ -6,6 +6,7 @@ nothing of training.
 """
 
 import difflib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def config_from(
 ) -> tuple[TrainConfig, list[str]]:
     """Validate a mapping with the YAML's keys. `folder` is what relative paths are relative to."""
     lines = lines if lines is not None else {}
-    translated = translate(values)
+    translated = translate(_with_deepspeed_file(values, folder, lines))
     problems = [Problem(_where((key,), lines, {}), told) for key, told in translated.problems.items()]
     config: TrainConfig | None = None
     try:
@@ -80,6 +81,20 @@ def config_from(
     except ConfigError as error:
         located = [Problem(_where(tuple(p.where.split(".")), lines, {}), p.message) for p in error.problems]
         raise ConfigError(error.headline, located) from error
+
+
+def _with_deepspeed_file(values: Mapping[str, Any], folder: Path, lines: Mapping[Keys, int]) -> Mapping[str, Any]:
+    """`deepspeed: FILE` and `deepspeed: {config_path: FILE}` as what the file holds."""
+    section = values.get("deepspeed")
+    name = section.get("config_path") if isinstance(section, dict) else section
+    if not isinstance(name, str):
+        return values
+    try:
+        return {**values, "deepspeed": json.loads((folder / name).read_text(encoding="utf-8"))}
+    except (OSError, ValueError) as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as JSON: {error}"
+        problem = Problem(_where(("deepspeed",), lines, {}), f"{why}: {folder / name}")
+        raise ConfigError("the config has 1 problem:", [problem]) from error
 
 
 # ---- YAML ---------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ SPECIAL = (
     "evaluation_strategy",
     "save_strategy",
     "gradient_checkpointing_kwargs",
+    "deepspeed",
 )
 BOOLEANS = frozenset({"flash_attention_2", "fp16", "bf16"})
 OLD_KEYS = frozenset({*RENAMED, *UNUSED, *SPECIAL})
@@ -177,10 +178,30 @@ def _initial_base(done: Translation) -> None:
 
 
 def _deepspeed(done: Translation) -> None:
-    section = done.values.get("deepspeed")
-    if isinstance(section, dict) and set(section) == {"config_path"}:
-        done.values["deepspeed"] = section["config_path"]
-        done.notices.append(f"deepspeed.config_path: read as deepspeed: {section['config_path']}")
+    """DeepSpeed's ZeRO in torch's own words: stage 3 divides everything over the processes, 1 and 2 not the parameters
+    between the passes. The rest of such a file (batches, types, clipping) has keys of its own here."""
+    if "deepspeed" not in done.values:
+        return
+    section = done.values["deepspeed"]
+    zero = section.get("zero_optimization", {}) if isinstance(section, dict) else None
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        done.problems["deepspeed"] = (
+            "expected {config_path: FILE.json}, or DeepSpeed's own keys with zero_optimization.stage"
+        )
+        del done.values["deepspeed"]
+    elif stage == 0:
+        done.drop("deepspeed", "without a ZeRO stage every process holds the whole model, as it does here without fsdp")
+    else:
+        assert isinstance(zero, dict)  # stage was read from it
+        offload = any(
+            isinstance(part := zero.get(name), dict) and part.get("device") == "cpu"
+            for name in ("offload_param", "offload_optimizer")
+        )
+        fsdp = {"reshard_after_forward": stage == 3, "cpu_offload": offload}
+        words = ", ".join(f"{key}: {_shown(value)}" for key, value in fsdp.items())
+        told = f"deepspeed: ZeRO stage {stage} is read as fsdp: {{{words}}}; batches and types are those of this config"
+        done.move("deepspeed", "fsdp", fsdp, told)
 
 
 def _padding(done: Translation) -> None:
