@@ -26,6 +26,7 @@ from loradock_testing.tiny_vision import (
     square,
 )
 from loradock_train import train
+from loradock_train.check import check
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from
 from loradock_train.dataset import Collator, build_dataset
@@ -323,6 +324,20 @@ def test_killed_run_with_images_goes_on_to_the_same_bits(seeing: Path, write_row
     assert json.loads(done.stdout) == [0, -9, 0], done.stderr
     for name in ("checkpoint/adapter_model.safetensors", "similarity/before.csv", "similarity/after.csv"):
         assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_check_looks_at_images_and_says_where_the_adapter_goes(
+    seeing: Path, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    data = write_rows("rows.jsonl", [colour_row("red"), colour_row("blue")])
+    lora = {"target_modules": r".*text_model.*_proj"}
+    values = {"model_id": str(seeing), "train_path": str(data), "context_length": 64, "lora_config": lora}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    report = check(tmp_path / "c.yaml")
+    assert report.problems == []
+    assert report.forecast is not None
+    assert report.forecast.verdict.placement == "shared"
+    assert report.examined["train"].findings == (), "equal questions about other images are no copies"
 
 
 # ---- recipes, and what needs more than every machine has ------------------------------------------------

@@ -5,16 +5,17 @@ the functions that make the real model, so that the two cannot differ.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from loradock_train.config import TrainConfig
 from loradock_train.model import (
     Precision,
     add_adapter,
     architecture_config,
+    auto_class,
     base_config,
     check_base,
     decide_precision,
@@ -41,7 +42,7 @@ def blueprint(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Bluepr
         base_dtype = getattr(architecture, "dtype", None) or torch.float32
     precision = decide_precision(config, base_dtype)
     with torch.device("meta"):
-        model: Any = cast(Any, AutoModelForCausalLM).from_config(architecture, dtype=precision.weights)
+        model: Any = auto_class(architecture).from_config(architecture, dtype=precision.weights)
         model.config._name_or_path = str(config.model_id)
         if config.lora_config is not None:
             model = add_adapter(model, config.lora_config)

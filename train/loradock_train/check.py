@@ -22,14 +22,14 @@ from loradock_train.config_file import load_config
 from loradock_train.config_sections import LoraOptions
 from loradock_train.dataset import DataReport
 from loradock_train.doctor import Examination, examine
-from loradock_train.encode import Encoder
 from loradock_train.errors import ConfigError, DataError, ModelError, Problem
-from loradock_train.model import EMBEDDING_NAMES, check_machine
+from loradock_train.model import EMBEDDING_NAMES, base_config, check_machine
 from loradock_train.parameters import ParameterCount, count_parameters
 from loradock_train.placement import DEFAULT_TARGET, Forecast, Target, foretell
 from loradock_train.rewrite import Change, advise_rank, propose, untie
 from loradock_train.rows import Rows
 from loradock_train.tokenizer import make_tokenizer
+from loradock_train.vision import make_encoder, make_processor
 
 MAX_ROUNDS = 4
 """A change may bring up the next: a module that is no longer saved whole, and then cannot be adapted either."""
@@ -102,10 +102,12 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target = DEFA
     try:
         rows, _ = open_rows(config)
         tokenizer = make_tokenizer(config, rows)
+        architecture = base_config(config) if config.model_id is not None else None
+        processor = make_processor(config, architecture, rows, tokenizer)
     except (DataError, ModelError) as error:
         report.problems.extend(_problems(error, "model"))
         return report
-    _look_at_data(config, rows, tokenizer, report)
+    _look_at_data(config, rows, tokenizer, processor, report)
     _look_at_model(config, tokenizer, target, report)
     return report
 
@@ -117,15 +119,17 @@ def _problems(error: UsageError, where: str) -> Sequence[Problem]:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def _look_at_data(config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, report: Report) -> None:
+def _look_at_data(
+    config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, processor: Any, report: Report
+) -> None:
     splits_long = rows.format == "text" and config.packing is not False
-    encoder = Encoder(tokenizer, config.append_eos, config.prompt_template)
+    encoder = make_encoder(config, tokenizer, processor)
     try:
         report.examined["train"] = examine(rows, encoder, config.context_length, splits_long)
         report.advice.extend(_advise_length(config, report.examined["train"], splits_long))
-        report.data = load_data(config, rows, tokenizer).reports
-    except DataError as error:
-        report.problems.extend(error.problems)
+        report.data = load_data(config, rows, tokenizer, processor).reports
+    except (DataError, ModelError) as error:
+        report.problems.extend(_problems(error, "data"))
     for key, data in report.data.items():
         report.notices.extend(data.notices(key, config.context_length))
 

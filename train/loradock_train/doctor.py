@@ -63,12 +63,14 @@ def examine(
     examples, places = encoded(rows, encoder)
     lengths = [len(example.input_ids) for example in examples]
     stops = encoder.stop_ids()
-    met: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-    elsewhere = {tuple(example.input_ids) for example in encoded(others, encoder)[0]} if others else set()
+    met: set[tuple[tuple[int, ...], tuple[int, ...], tuple[str, ...]]] = set()
+    elsewhere = (
+        {(tuple(example.input_ids), example.images) for example in encoded(others, encoder)[0]} if others else set()
+    )
     named: dict[str, list[str]] = {}
     for place, example, length in zip(places, examples, lengths, strict=True):
         tokens = tuple(example.input_ids)
-        content = (tokens, tuple(example.labels))
+        content = (tokens, tuple(example.labels), example.images)
         kept = example if splits_long else Example(example.input_ids[:context_length], example.labels[:context_length])
         marks = {
             f"over context_length {context_length}": length > context_length,
@@ -79,7 +81,7 @@ def examine(
             "with a stop token within an answer (it would learn to stop there)": any(
                 span.is_learnt and not stops.isdisjoint(span.token_ids[:-1]) for span in spans(example)
             ),
-            "in the other split as well": tokens in elsewhere,
+            "in the other split as well": (tokens, example.images) in elsewhere,
             "that never learn to stop (no stop token is learnt)": not stops.intersection(example.labels),
         }
         met.add(content)

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from loradock_train.errors import ProofError
+from loradock_train.model import auto_class
 from loradock_train.proof import Proof, probe_logits
 
 if TYPE_CHECKING:
@@ -19,12 +20,16 @@ NUM_PROMPTS, PROMPT_TOKENS = 4, 16
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
+def _load(directory: Path, dtype: Any) -> Any:
+    return auto_class(AutoConfig.from_pretrained(str(directory))).from_pretrained(str(directory), dtype=dtype)
+
+
 def prove_merged(request: "Request", merged: Path) -> Proof:
     """Raises ProofError where the two differ by more than rounding.
 
     Both compute in the base's own type; the tolerance is that of the coarser of the weights on disk.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(str(request.base_dir), dtype="auto")
+    model: Any = _load(request.base_dir, "auto")
     dtype = next(model.parameters()).dtype
     prompts = _prompts(request, model.config.get_text_config().vocab_size)
     base = probe_logits(model, prompts)
@@ -32,7 +37,7 @@ def prove_merged(request: "Request", merged: Path) -> Proof:
     if request.base is not None:
         expected = probe_logits(PeftModel.from_pretrained(model, str(request.checkpoint.directory)), prompts)
     del model
-    result: Any = AutoModelForCausalLM.from_pretrained(str(merged), dtype=dtype)
+    result: Any = _load(merged, dtype)
     found = probe_logits(result, prompts)
     saved = dtype if request.dtype is None else _TYPES[request.dtype]
     difference = _compared(expected, found, exact=saved == dtype == torch.float32)
