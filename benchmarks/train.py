@@ -58,6 +58,7 @@ def measure(size: Size, legs: list[Leg], options: argparse.Namespace) -> dict[st
         for _ in range(options.rounds):
             for leg in legs:
                 rounds[leg].append(run_leg(specs[leg]))
+                print(f"{size.name}: {leg.trainer}, {leg.name}: {shown(rounds[leg][-1])}", flush=True)
     for leg in legs[:2]:
         print(f"{leg.trainer}, {leg.name}: {json.dumps(specs[leg]['config'])}")
     medians = {(leg.trainer, leg.name): median(rounds[leg]) for leg in legs}
@@ -87,11 +88,16 @@ def table(size: Size, medians: dict[tuple[str, str], Figures]) -> list[str]:
     """One line a leg."""
     lines = [f"{size.name:<28} {'':4} tokens/s  per cpu s  peak MB  padding  others"]
     for (trainer, name), figures in medians.items():
-        lines.append(
-            f"{name:<28} {trainer:4} {figures['tokens_per_s']:8,.0f}  {figures['tokens_per_cpu_s']:9,.0f}"
-            f"  {figures['peak_bytes'] / 1e6:7,.0f}  {figures['padding']:7.1%}  {figures['others_share']:6.1%}"
-        )
+        lines.append(f"{name:<28} {trainer:4} {shown(figures)}")
     return lines
+
+
+def shown(figures: Figures) -> str:
+    """The columns of the table."""
+    return (
+        f"{figures['tokens_per_s']:8,.0f}  {figures['tokens_per_cpu_s']:9,.0f}"
+        f"  {figures['peak_bytes'] / 1e6:7,.0f}  {figures['padding']:7.1%}  {figures['others_share']:6.1%}"
+    )
 
 
 def ratios(medians: dict[tuple[str, str], Figures]) -> dict[str, Any]:
