@@ -340,6 +340,18 @@ def test_check_looks_at_images_and_says_where_the_adapter_goes(
     assert report.examined["train"].findings == (), "equal questions about other images are no copies"
 
 
+def test_streamed_rows_bring_their_images(seeing: Path, write_rows: WriteRows, tmp_path: Path) -> None:
+    data = write_rows("rows.jsonl", [colour_row("red"), colour_row("blue")])
+    whole = train(config_of(seeing, data, max_steps=1), output=tmp_path / "whole")
+    run = train(config_of(seeing, data, max_steps=1, streaming=True), output=tmp_path / "run")
+    assert run.final_train_loss == pytest.approx(whole.final_train_loss, abs=1e-5)
+
+
+def test_image_in_a_later_row_is_refused_by_a_model_that_sees_none(base: Path) -> None:
+    with pytest.raises(DataError, match=r"the model sees none(.|\n)*line 3"):
+        Encoder(AutoTokenizer.from_pretrained(base)).encode(Row("rows.jsonl", 3, colour_row("red")), "chat")
+
+
 # ---- recipes, and what needs more than every machine has ------------------------------------------------
 
 RECIPES = Path(__file__).parents[2] / "train" / "recipes"

@@ -86,6 +86,8 @@ def build_dataset(
     else:
         kept, truncated, dropped = _fit(examples, rows, context_length, on_long_rows, key)
     num_documents, positions = len(kept), None
+    if packing and any(example.images for example in kept):
+        raise DataError(f"{key} cannot be packed:", [Problem(key, "rows with images are not packed; packing: false")])
     if packing:
         packed = pack([len(example.input_ids) for example in kept], context_length)
         joined = [join([kept[index] for index in row]) for row in packed]

@@ -121,6 +121,7 @@ class Encoder:
         The template must be prefix-stable: rendering more messages may only append. Templates that rewrite earlier
         turns (some drop earlier reasoning) would train on text that the server never shows the model.
         """
+        self._check_images(row)
         messages, tools = as_served(row.values)
         messages = [self._message(message) for message in messages]
         whole = self._render(messages, tools, generation=False, row=row)
@@ -171,6 +172,10 @@ class Encoder:
     def stop_ids(self) -> frozenset[int]:
         """Tokens after which an answer is over, for this tokenizer and template."""
         return frozenset(stop_token_ids(self.tokenizer))
+
+    def _check_images(self, row: Row) -> None:
+        if row.images:
+            raise DataError("a row shows an image, and the model sees none:", [Problem(row.where, "has an image")])
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         """A message as the chat template gets it."""

@@ -90,6 +90,9 @@ class VisionEncoder(Encoder):
         if [int(token) for token in made["input_ids"][0]] != self.encode(row, "chat").input_ids:
             raise ModelError(f"{name} places images in a way that is not trained here (row {row.where})")
 
+    def _check_images(self, row: Row) -> None:
+        """It sees them all."""
+
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         return for_template(message)
 
