@@ -144,6 +144,14 @@ CONFIGS = [
         "train_path: rows.jsonl\nmodel: {model_type: llama}\ntokenizer: {train_vocab_size: 300, path: base}\n",
         "line 3, tokenizer: give exactly one of path and train_vocab_size",
     ),
+    config(
+        "metric of another task",
+        VALID + "task: {kind: summarisation, metric: accuracy}",
+        "task: metric accuracy is not one of summarisation: rougeL, rouge1, rouge2",
+    ),
+    config("sweep of nothing", "sweep: [{name: a}]", "line 3, sweep: sweep trains adapters on one frozen base"),
+    config("sweep's key", "lora_config: {}\nsweep: [{name: a, lr: 1}]", "line 4, sweep: unknown key lr of entry 1"),
+    config("no adapter there", "adapter_path: nowhere", "adapter_path: no adapter_config.json in"),
 ]
 
 FILES = [
