@@ -41,7 +41,9 @@ from loradock_train.model import (
     check_base,
     check_machine,
 )
+from loradock_train.peak import PeakMeter
 from loradock_train.placement import foretell
+from loradock_train.planning import compared, plan_for_run, warnings_of
 from loradock_train.plot import plot_loss
 from loradock_train.preference import check_preference_run
 from loradock_train.processes import connected, is_main, on_main
@@ -208,6 +210,8 @@ def _train_here(
     if save is not None:
         notices.extend(check_same(save, identity))
     notices.extend(adapter_notices(config))
+    plan, memory = plan_for_run(config, tokenizer, data), PeakMeter.start()
+    notices.extend(warnings_of(plan))
     precision, model, base_logits = prepare_model(config, architecture, tokenizer, data, shared)
     if config.has_head:
         notices.append("a classification head: it will be served by a dedicated engine, through POST /classify")
@@ -238,6 +242,9 @@ def _train_here(
         notices.extend(few_tokens(config, outcome.stream_report.num_tokens, is_whole=True))
     notices.extend(outcome.notices)
     summary = summarise(config, model, reports, precision, outcome, notices)
+    if plan is not None:
+        summary["plan"] = plan.to_json() | {"measured_bytes": memory.growth_bytes()}
+        console.print(compared(plan, summary["plan"]["measured_bytes"]), markup=False, highlight=False)
 
     def finish() -> Run:
         if judge is not None:

@@ -46,6 +46,9 @@ def train(
     ] = None,
     server: Server = DEFAULT_SERVER,
     api_key: ApiKey = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print what the run would need (three steps are tried), and train nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the run's summary as JSON.")] = False,
     _schema: Annotated[
         bool,
@@ -67,6 +70,9 @@ def train(
     machines.check()
     check_push(push, server)
     resolved, notices = load_config(config, overrides)  # a typo is told before the heavy imports
+    if plan:
+        _print_plan(config, overrides, as_json)
+        return
     directory = run_directory(resolved, output, config.stem)
     if resolved.sweep and push is not None:
         raise UsageError("--push publishes one checkpoint, and a sweep makes several: push the one you choose")
@@ -110,6 +116,22 @@ def _train_here(config: Path, overrides: list[str], output: Path | None, overwri
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     run_training(config, overrides=overrides, output=output, overwrite=overwrite, resume=resume, console=err)
+
+
+def _print_plan(config: Path, overrides: list[str], as_json: bool) -> None:
+    from transformers.utils import logging
+
+    from loradock_adapters.console import out, out_json
+    from loradock_train.planning import plan_lines, plan_of_config
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    planned = plan_of_config(config, overrides)
+    if as_json:
+        out_json(planned.to_json())
+        return
+    for line in plan_lines(planned):
+        out(line)
 
 
 def _again(

@@ -1,0 +1,124 @@
+"""From a config, its data and its model without weights to the counts that a plan is made of.
+
+Loads nothing and measures nothing.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any, cast
+
+import datasets  # type: ignore[import-untyped]
+import torch
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedTokenizerBase
+
+from loradock_train.activations import count_activations
+from loradock_train.before import RunData
+from loradock_train.blueprint import Blueprint, blueprint
+from loradock_train.config import TrainConfig
+from loradock_train.config_sections import LoraOptions
+from loradock_train.dataset import PAD_TO_MULTIPLE
+from loradock_train.model import inner_model
+from loradock_train.peak import available_bytes
+from loradock_train.placement import foretell
+from loradock_train.plan import Facts, Plan, Remedy, memory_of, optimiser_bytes
+from loradock_train.schedule import length_of
+
+
+def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Plan:
+    """By arithmetic alone. Raises ModelError as the run itself would."""
+    made = blueprint(config, tokenizer)
+    checkpoint = foretell(made.model, tokenizer, config.model_id, made.precision.saved).checkpoint_bytes
+    trained_bytes = sum(p.numel() * p.element_size() for p in made.model.parameters() if p.requires_grad)
+    facts = facts_of(config, made, data)
+    save_bytes = trained_bytes + (optimiser_bytes(facts) if facts is not None else 2 * trained_bytes)
+    steps, eval_batches = _lengths(config, data)
+    plan = Plan(
+        memory=None if facts is None else memory_of(facts),
+        facts=facts,
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        available_bytes=available_bytes(),
+        steps=steps,
+        eval_batches=eval_batches,
+        max_time_s=config.max_time_s,
+        save_bytes=save_bytes,
+        disk_bytes=checkpoint + save_bytes * (config.keep + 1),
+        price_per_hour=config.price_per_hour,
+    )
+    return replace(plan, adapter=_as_adapter(config, tokenizer, data)) if plan.fits is False else plan
+
+
+def _as_adapter(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Remedy | None:
+    """What the run would need as a LoRA run; None where it is one, or has no base to adapt."""
+    if config.kind != "full":
+        return None
+    options = LoraOptions()
+    smaller = config.model_copy(update={"lora_config": options, "trainable": None})
+    facts = facts_of(smaller, blueprint(smaller, tokenizer), data)
+    return None if facts is None else Remedy(f"lora_config: {{r: {options.r}}}", memory_of(facts).peak_bytes)
+
+
+def facts_of(config: TrainConfig, made: Blueprint, data: RunData) -> Facts | None:
+    """The counts; None where the activations cannot be counted. The blueprint's types are those of the arithmetic
+    afterwards."""
+    model, precision = made.model, made.precision
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    weights_bytes, trained_bytes = (sum(p.numel() * p.element_size() for p in of) for of in (parameters, trained))
+    head: Any = cast(Any, inner_model(model)).get_output_embeddings()
+    trains_head = head is not None and any(p is head.weight for p in trained)
+    factored = sum(p.shape[0] + p.numel() // p.shape[0] if p.dim() > 1 else p.numel() for p in trained)
+    compute = precision.weights if precision.arithmetic == "no" else torch.bfloat16
+    rows, tokens = largest_batch(config, data)
+    activations = count_activations(model.to(compute), rows, tokens)
+    if activations is None:
+        return None
+    text = inner_model(model).config.get_text_config()
+    return Facts(
+        weights_bytes=weights_bytes,
+        trained=sum(p.numel() for p in trained),
+        trained_bytes=trained_bytes,
+        factored=factored,
+        optim=config.optim,
+        rows=rows,
+        tokens=tokens,
+        eval_rows=0 if data.valid is None else config.eval_batch_size_per_device,
+        kept_bytes=activations.kept_bytes,
+        largest_bytes=activations.largest_bytes,
+        hidden_bytes=activations.hidden_bytes,
+        layers=activations.layers,
+        vocabulary=int(text.vocab_size),
+        width=int(text.hidden_size),
+        compute_bytes=compute.itemsize,
+        weight_bytes=precision.weights.itemsize,
+        trains_head=trains_head,
+        adapts_head=isinstance(head, LoraLayer),
+        checkpointing=config.gradient_checkpointing,
+        accumulation=config.gradient_accumulation_steps,
+    )
+
+
+def largest_batch(config: TrainConfig, data: RunData) -> tuple[int, int]:
+    """Rows, and tokens of each with its padding. Of data that is not all known: the most that the config allows."""
+    rows, tokens = config.train_batch_size_per_device, config.context_length
+    if not isinstance(data.train, datasets.Dataset):
+        return rows, tokens
+    rows = min(rows, len(data.train))
+    if config.padding == "max_length":
+        return rows, tokens
+    longest = max(int(length) for length in data.train["length"])
+    return rows, math.ceil(longest / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
+
+
+def _lengths(config: TrainConfig, data: RunData) -> tuple[int | None, int]:
+    """Steps of the run (None: the clock ends it), and batches of all its validations."""
+    if not isinstance(data.train, datasets.Dataset):
+        return config.max_steps, 0
+    length = length_of(config, len(data.train), num_devices=1)
+    if length.is_clock_bound:
+        return None, 0
+    if data.valid is None:
+        return length.max_steps, 0
+    every = config.eval_steps if config.eval_steps is not None else length.steps_per_epoch
+    validations = length.max_steps // every + (length.max_steps % every > 0)
+    return length.max_steps, validations * math.ceil(len(data.valid) / config.eval_batch_size_per_device)

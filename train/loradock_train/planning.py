@@ -1,0 +1,147 @@
+"""A plan made, held against the device, and told: `loradock train CONFIG --plan`, and the lines of a run about it.
+
+plan = plan_of_config("lora.yaml")
+print(plan.peak_bytes, plan.seconds)
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from loradock_adapters.errors import UsageError
+from loradock_train.before import RunData, load_data, prepare_model
+from loradock_train.calibrate import calibrate
+from loradock_train.config import TrainConfig
+from loradock_train.config_file import load_config
+from loradock_train.cost import clock
+from loradock_train.errors import ModelError
+from loradock_train.model import base_config, check_base, check_machine
+from loradock_train.peak import PeakMeter
+from loradock_train.plan import Plan
+from loradock_train.plan_facts import plan_run
+from loradock_train.rows import read_rows
+from loradock_train.tokenizer import make_tokenizer
+from loradock_train.vision import make_processor
+
+_MB = 1e6
+
+
+def plan_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
+    """By arithmetic, and where that fits the device by three real steps. Raises what the run would raise."""
+    config, _ = load_config(path, overrides)
+    set_seed(config.seed)
+    if not can_plan(config):
+        raise UsageError(f"--plan counts text models on one device, and this config has {', '.join(_beyond(config))}")
+    check_machine(config)
+    architecture = None if config.model_id is None else base_config(config)
+    rows = read_rows(config.train_path, config.format, "train_path")
+    tokenizer = make_tokenizer(config, rows)
+    if architecture is not None:
+        check_base(architecture, len(tokenizer), config.context_length)
+    if make_processor(config, architecture, rows, tokenizer) is not None:
+        raise UsageError("--plan counts text models, and this base sees images")
+    data = load_data(config, rows, tokenizer)
+    plan = plan_run(config, tokenizer, data)
+    if plan.fits is False:
+        return plan
+    meter = PeakMeter.start()
+    precision, model, _ = prepare_model(config, architecture, tokenizer, data)
+    try:
+        return replace(plan, measured=calibrate(config, model, tokenizer, data, precision, meter))
+    except torch.OutOfMemoryError:
+        # What was asked for was more than there is: the arithmetic was too hopeful here.
+        return replace(plan, available_bytes=min(plan.available_bytes or 0, (plan.peak_bytes or 1) - 1))
+
+
+def _beyond(config: TrainConfig) -> list[str]:
+    """Keys of runs that the counts do not hold for."""
+    given = {
+        "streaming": config.streaming,
+        "preference": config.preference is not None,
+        "task (with a head)": config.has_head,
+        "num_devices": config.num_devices > 1,
+        "sweep": getattr(config, "sweep", None),
+        "quantisation": getattr(config, "quantisation", None),
+    }
+    return [name for name, is_given in given.items() if is_given]
+
+
+def can_plan(config: TrainConfig) -> bool:
+    """Whether the arithmetic holds for this kind of run."""
+    return not _beyond(config)
+
+
+def plan_for_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Plan | None:
+    """By arithmetic alone, for a run that begins now; None where the run itself will say what is wrong."""
+    if not can_plan(config) or data.processor is not None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return plan_run(config, tokenizer, data)
+    except ModelError:
+        return None
+
+
+def warnings_of(plan: Plan | None) -> list[str]:
+    """What must be heard before the run begins."""
+    if plan is None or plan.fits is not False:
+        return []
+    assert plan.peak_bytes is not None
+    assert plan.available_bytes is not None
+    told = [
+        f"plan: about {_size(plan.peak_bytes)} are needed at the peak, {plan.device} has {_size(plan.available_bytes)} "
+        "free: it will probably not fit"
+    ]
+    told += [f"    {remedy.change}: about {_size(remedy.peak_bytes)}" for remedy in plan.remedies()]
+    if len(told) == 1:
+        told.append(
+            "    neither smaller batches nor an adapter would do: take a smaller base, or a shorter context_length"
+        )
+    return told
+
+
+def plan_lines(plan: Plan) -> Iterator[str]:
+    """For people."""
+    if plan.facts is not None and plan.memory is not None:
+        parts = {
+            "weights": plan.memory.weights,
+            "gradients": plan.memory.gradients,
+            "optimiser": plan.memory.optimiser,
+            "activations": plan.memory.activations,
+            "logits": plan.memory.logits,
+            "peak of training": plan.memory.training_peak,
+        }
+        if plan.memory.evaluation_peak:
+            parts["peak of the first validation"] = plan.memory.evaluation_peak
+        yield f"memory of batches of {plan.facts.rows} x {plan.facts.tokens} tokens, by arithmetic:"
+        for name, amount in parts.items():
+            yield f"  {name:<28} {_size(amount):>12}"
+    else:
+        yield "memory: the activations of this architecture cannot be counted beforehand"
+    if plan.measured is not None:
+        yield f"  {'peak of three real steps':<28} {_size(plan.measured.peak_bytes):>12}"
+    if plan.available_bytes is not None:
+        fits = {True: "it fits", False: "it does NOT fit", None: ""}[plan.fits]
+        yield f"  {'free on ' + plan.device:<28} {_size(plan.available_bytes):>12}   {fits}".rstrip()
+    seconds = "not known before a step is timed" if plan.seconds is None else f"about {clock(plan.seconds)}"
+    steps = f" for {plan.steps:,} steps" if plan.steps is not None else ""
+    yield f"time: {seconds}{steps}"
+    if plan.price is not None:
+        yield f"cost: {plan.price:.4g} at {plan.price_per_hour:g} an hour"
+    yield f"disk: {_size(plan.disk_bytes)} (a save takes {_size(plan.save_bytes)})"
+    yield from warnings_of(plan)
+
+
+def compared(plan: Plan, measured_bytes: int) -> str:
+    """The plan beside what came."""
+    if plan.peak_bytes is None:
+        return f"peak memory {_size(measured_bytes)} above the start (not planned)"
+    share = measured_bytes / plan.peak_bytes
+    return f"peak memory {_size(measured_bytes)} above the start, planned {_size(plan.peak_bytes)} ({share:.2f} of it)"
+
+
+def _size(amount: int) -> str:
+    return f"{amount / _MB:,.1f} MB"
