@@ -33,6 +33,7 @@ from loradock_train.plan import (
 from loradock_train.plan_facts import facts_of
 from loradock_train.planning import plan_of_config, warnings_of
 from loradock_train.rows import read_rows
+from loradock_train.shared import Alone
 from loradock_train.tokenizer import make_tokenizer
 
 ROWS = [{"prompt": f"def f{i}():", "completion": f" return {i}"} for i in range(8)]
@@ -201,7 +202,7 @@ def test_planned_memory_is_within_a_third_of_what_steps_allocate(
     data = load_data(config, rows, tokenizer)
     facts = facts_of(config, blueprint(config, tokenizer), data)
     assert facts is not None
-    precision, model, _ = prepare_model(config, base_config(config), tokenizer, data)
+    precision, model, _ = prepare_model(config, base_config(config), tokenizer, data, Alone())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         measured = calibrate(config, model, tokenizer, data, precision, PeakMeter.start())

@@ -23,6 +23,7 @@ from loradock_train.peak import PeakMeter
 from loradock_train.plan import Plan
 from loradock_train.plan_facts import plan_run
 from loradock_train.rows import read_rows
+from loradock_train.shared import Alone
 from loradock_train.tokenizer import make_tokenizer
 from loradock_train.vision import make_processor
 
@@ -48,7 +49,7 @@ def plan_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     if plan.fits is False:
         return plan
     meter = PeakMeter.start()
-    precision, model, _ = prepare_model(config, architecture, tokenizer, data)
+    precision, model, _ = prepare_model(config, architecture, tokenizer, data, Alone())
     try:
         return replace(plan, measured=calibrate(config, model, tokenizer, data, precision, meter))
     except torch.OutOfMemoryError:
@@ -63,8 +64,9 @@ def _beyond(config: TrainConfig) -> list[str]:
         "preference": config.preference is not None,
         "task (with a head)": config.has_head,
         "num_devices": config.num_devices > 1,
-        "sweep": getattr(config, "sweep", None),
-        "quantisation": getattr(config, "quantisation", None),
+        "fsdp or deepspeed": config.is_sharded,
+        "sweep": bool(config.sweep),
+        "quantisation": config.quantisation is not None,
     }
     return [name for name, is_given in given.items() if is_given]
 
