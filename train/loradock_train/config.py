@@ -38,7 +38,8 @@ class TrainConfig(Section):
 
     # ---- what to start from -------------------------------------------------------------------------------------
     model_id: str | None = None
-    """Hub id, or path of a model directory (the `checkpoint` of another run, too). Or give `model` instead."""
+    """Hub id, or path of a model directory (the `checkpoint` of another run, too), or its URL (s3://…). Or give `model`
+    instead."""
 
     model: Annotated[dict[str, Any] | None, BeforeValidator(with_named)] = None
     """Architecture to train from scratch: `model_type` (llama, qwen3, gpt2, …) and any field of that transformers
@@ -267,7 +268,8 @@ class TrainConfig(Section):
     that the base's model card names, if any."""
 
     output_dir: str | None = None
-    """Where the run is written (`--output` wins). Default: runs/<name of the YAML>, below the working directory."""
+    """Where the run is written (`--output` wins). Default: runs/<name of the YAML>, below the working directory. With a
+    URL (s3://…) it is written there by default, too, and copied to the URL when it is finished."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

@@ -261,6 +261,8 @@ def _data_path(path: str, folder: Path) -> str:
 
 
 def _path_or_hub_id(name: str, folder: Path, key: str) -> str:
+    if is_url(name):
+        return name
     path = folder / Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and (path / "checkpoint" / "config.json").is_file():

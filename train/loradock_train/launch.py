@@ -24,7 +24,9 @@ from typing import Any
 from loradock_adapters.errors import UsageError
 from loradock_train.config import TrainConfig
 from loradock_train.ending import Ending, chosen, raised
+from loradock_train.files import is_url
 from loradock_train.processes import RENDEZVOUS, world_size
+from loradock_train.remote import check_local
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 2.0
@@ -75,7 +77,11 @@ def make_order(
 
 def run_directory(config: TrainConfig, output: str | Path | None, name: str) -> Path:
     """Where the run is written."""
-    return Path(output if output is not None else config.output_dir or Path("runs") / name)
+    if output is not None:
+        check_local(output)
+        return Path(output)
+    is_local = config.output_dir is not None and not is_url(config.output_dir)
+    return Path(str(config.output_dir)) if is_local else Path("runs") / name
 
 
 def read_summary(directory: Path) -> dict[str, Any]:

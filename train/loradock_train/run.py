@@ -48,6 +48,7 @@ from loradock_train.plot import plot_loss
 from loradock_train.preference import check_preference_run
 from loradock_train.processes import connected, is_main, on_main
 from loradock_train.proof import Proof, probe_logits
+from loradock_train.remote import check_destination, copy_out, local_base
 from loradock_train.report import summarise, versions
 from loradock_train.results import few_tokens, result_lines
 from loradock_train.rundir import check_output, prepare_output
@@ -123,6 +124,25 @@ def train(
     """
     config, notices, name = _resolve(config, overrides)
     directory = run_directory(config, output, name)
+    check_destination(config, overwrite or resume)
+    config, copied = local_base(config)
+    run = _train_there(config, [*notices, *copied], name, directory, overwrite, resume, machines, console)
+    if is_main():
+        copy_out(config, directory)
+    return run
+
+
+def _train_there(
+    config: TrainConfig,
+    notices: list[str],
+    name: str,
+    directory: Path,
+    overwrite: bool,
+    resume: bool,
+    machines: Machines | None,
+    console: Console | None,
+) -> Run:
+    """Here, in processes that are started for it, or as a sweep."""
     if config.sweep:
         return _sweep(config, notices, directory, overwrite, resume, console)
     if must_launch(config.num_devices, machines):
