@@ -1,5 +1,5 @@
-"""Models and runs at URLs that fsspec knows (s3://, gs://, memory://, …): a base is copied here before a run, a finished
-run is copied there after it.
+"""Models and runs at URLs that fsspec knows (s3://, gs://, memory://, …): a base is copied here before a run, a
+finished run is copied there after it.
 
 Credentials come from the environment, as each file system takes them; they are in no message, and refused in a URL.
 Data files are read where they lie (files.py).
@@ -87,7 +87,7 @@ def _fetch(url: str) -> Path:
             temporary.rename(target)
     except Exception as error:  # noqa: BLE001 (as above)
         kind = type(error).__name__
-        raise ModelError(f"model_id: {url} cannot be reached, or not with this login ({kind})") from None
+        raise ModelError(f"model_id: {url} cannot be reached with this login ({kind})") from None
     if not rows:
         raise ModelError(f"model_id: {url} holds no file, or this login may not see it")
     return target
