@@ -180,7 +180,7 @@ def _initial_base(done: Translation) -> None:
 def _deepspeed(done: Translation) -> None:
     """DeepSpeed's ZeRO in torch's own words: stage 3 divides everything over the processes, 1 and 2 not the parameters
     between the passes. The rest of such a file (batches, types, clipping) has keys of its own here."""
-    if "deepspeed" not in done.values:
+    if done.values.get("deepspeed") is None:
         return
     section = done.values["deepspeed"]
     zero = section.get("zero_optimization", {}) if isinstance(section, dict) else None
