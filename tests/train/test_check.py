@@ -237,3 +237,18 @@ def test_architecture_that_the_engine_lacks_is_refused(tmp_path: Path, bases: di
     assert report.forecast.verdict.placement == "rejected"
     assert report.exit_code == 1
     assert "XGLMForCausalLM" in report.forecast.line()
+
+
+def test_stream_and_classification_head_are_checked_by_their_own_data_code(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    streamed = check(write_config(tmp_path, bases["llama"], {"r": 8}, streaming=True))
+    assert (streamed.problems, streamed.exit_code) == ([], 0)
+    (tmp_path / "head").mkdir()
+    task = {"kind": "sequence_classification", "labels": [f"return {i}" for i in range(4)]}
+    config = write_config(tmp_path / "head", bases["llama"], None, task=task, valid_path="rows.jsonl")
+    lines = [json.dumps({"text": f"text {i}", "label": f"return {i}"}) + "\n" for i in range(4)]
+    (tmp_path / "head" / "rows.jsonl").write_text("".join(lines))
+    headed = check(config)
+    assert (headed.problems, headed.forecast, headed.exit_code) == ([], None, 0)
+    assert any("classification head" in notice for notice in headed.notices)

@@ -28,6 +28,7 @@ from loradock_train.parameters import ParameterCount, count_parameters
 from loradock_train.placement import DEFAULT_TARGET, Forecast, Target, foretell
 from loradock_train.rewrite import Change, advise_rank, propose, untie
 from loradock_train.rows import Rows
+from loradock_train.stream import Stream
 from loradock_train.tokenizer import make_tokenizer
 from loradock_train.vision import make_encoder, make_processor
 
@@ -58,8 +59,10 @@ class Report:
     def exit_code(self) -> int:
         """0: it trains and is placed as its kind wants; 1: an adapter that would not be hot-swapped, or a checkpoint
         that would be refused; 2: the run would not start."""
-        if self.problems or self.forecast is None:
+        if self.problems or (self.forecast is None and not self.config.has_head):
             return 2
+        if self.forecast is None:
+            return 0  # a classification head: its engine is its own in any case
         return 0 if self.forecast.is_as_expected else 1
 
     @property
@@ -100,15 +103,18 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target = DEFA
     except ModelError as error:
         report.problems.append(Problem("machine", str(error)))
     try:
-        rows, _ = open_rows(config)
+        rows, stream = open_rows(config)
         tokenizer = make_tokenizer(config, rows)
         architecture = base_config(config) if config.model_id is not None else None
         processor = make_processor(config, architecture, rows, tokenizer)
     except (DataError, ModelError) as error:
         report.problems.extend(_problems(error, "model"))
         return report
-    _look_at_data(config, rows, tokenizer, processor, report)
-    _look_at_model(config, tokenizer, target, report)
+    _look_at_data(config, rows, tokenizer, processor, stream, report)
+    if config.has_head:
+        report.notices.append("a classification head gets a dedicated engine (POST /classify): placement is not judged")
+    else:
+        _look_at_model(config, tokenizer, target, report)
     return report
 
 
@@ -120,14 +126,19 @@ def _problems(error: UsageError, where: str) -> Sequence[Problem]:
 
 
 def _look_at_data(
-    config: TrainConfig, rows: Rows, tokenizer: PreTrainedTokenizerBase, processor: Any, report: Report
+    config: TrainConfig,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
+    stream: Stream | None,
+    report: Report,
 ) -> None:
     splits_long = rows.format == "text" and config.packing is not False
     encoder = make_encoder(config, tokenizer, processor)
     try:
         report.examined["train"] = examine(rows, encoder, config.context_length, splits_long)
         report.advice.extend(_advise_length(config, report.examined["train"], splits_long))
-        report.data = load_data(config, rows, tokenizer, processor).reports
+        report.data = load_data(config, rows, tokenizer, processor, stream).reports
     except (DataError, ModelError) as error:
         report.problems.extend(_problems(error, "data"))
     for key, data in report.data.items():
