@@ -146,15 +146,11 @@ class TrainConfig(Section):
     # ---- processes ------------------------------------------------------------------------------------------------
     num_devices: int = Field(default=1, ge=1)
     """Processes on this machine that train together, one for each GPU. A step then takes that many times
-    train_batch_size_per_device rows. Default 1. Under torchrun, accelerate or Ray their number counts."""
+    train_batch_size_per_device rows. Default 1. Under torchrun its number counts."""
 
     fsdp: FsdpOptions | None = None
     """Divide parameters, gradients and optimiser states over the processes (torch's fully_shard). Default none: each
     process holds the whole model."""
-
-    deepspeed: str | dict[str, Any] | None = None
-    """A DeepSpeed configuration, as a section or as the path of a JSON file. Its ZeRO stage is run as fsdp. Default
-    none."""
 
     # ---- batches --------------------------------------------------------------------------------------------------
     train_batch_size_per_device: int = Field(default=16, ge=1)
@@ -395,12 +391,6 @@ class TrainConfig(Section):
     def is_sharded(self) -> bool:
         """Whether the model is divided over the processes."""
         return self.fsdp is not None and self.fsdp.enabled
-
-    @model_validator(mode="after")
-    def _one_division(self) -> Self:
-        if self.fsdp is not None and self.deepspeed is not None:
-            raise ValueError("fsdp and deepspeed both divide the model; remove one of the two")
-        return self
 
     @property
     def kind(self) -> Literal["lora", "full", "scratch"]:

@@ -30,7 +30,6 @@ from loradock_train.continued_options import adapter_directory, adapter_options
 from loradock_train.errors import ConfigError, Problem
 from loradock_train.files import is_url
 from loradock_train.seed_keys import translate
-from loradock_train.zero import check_deepspeed, read_deepspeed
 
 Keys = tuple[str, ...]
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -228,9 +227,6 @@ def _resolve_paths(config: TrainConfig, folder: Path) -> TrainConfig:
         if not file.is_file():
             raise ConfigError("the config has 1 problem:", [Problem("chat_template", f"no such file: {file}")])
         update["chat_template"] = file.read_text(encoding="utf-8")
-    if config.deepspeed is not None:
-        update["deepspeed"] = read_deepspeed(config.deepspeed, folder)
-        check_deepspeed(update["deepspeed"], config.model_dump())
     asked: tuple[str, ...] = ()
     if config.similarity is not None:
         found = _resolve_similarity(config.similarity, folder)

@@ -1,7 +1,7 @@
 """Which of the processes of a run this one is, and how they agree.
 
-A run of several processes is started by `loradock train --nproc`, torchrun, accelerate or Ray; all of them say so in
-the environment: RANK, WORLD_SIZE, LOCAL_RANK, and where to meet in MASTER_ADDR and MASTER_PORT (or in
+A run of several processes is started by `loradock train --nproc` or torchrun; both say so in the
+environment: RANK, WORLD_SIZE, LOCAL_RANK, and where to meet in MASTER_ADDR and MASTER_PORT (or in
 LORADOCK_RENDEZVOUS, a file). Process 0 prints and writes; the others compute. Knows nothing of training, and imports
 torch only where there are several processes.
 """

@@ -63,7 +63,7 @@ from loradock_train.saves import (
     write_save,
 )
 from loradock_train.scoring import write_scores
-from loradock_train.shard import check_shardable, divide
+from loradock_train.shard import check_shardable
 from loradock_train.shared import Alone
 from loradock_train.similarity import make_judge
 from loradock_train.sweep import run_sweep
@@ -207,8 +207,6 @@ def _train_here(
 
     check_machine(config)
     check_trackers(config.report_to)
-    config, divided = divide(config)
-    notices.extend(divided)
     check_shardable(config)
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = shared.once("rows", lambda: open_rows(config))

@@ -21,17 +21,6 @@ from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.errors import ModelError
 from loradock_train.model import inner_model
 from loradock_train.processes import is_main, world_size
-from loradock_train.zero import as_fsdp, deepspeed_notices
-
-
-def divide(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """The config with `deepspeed` said as `fsdp`, where there are several processes, and what to tell of that."""
-    if not isinstance(config.deepspeed, dict):
-        return config, []
-    options = as_fsdp(config.deepspeed) if world_size() > 1 else None
-    return config.model_copy(update={"fsdp": options, "deepspeed": None}), deepspeed_notices(
-        config.deepspeed, world_size()
-    )
 
 
 def check_shardable(config: TrainConfig) -> None:
