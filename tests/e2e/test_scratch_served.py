@@ -1,4 +1,5 @@
-"""A GPT-2 from scratch on a stream of text: killed, gone on, and its perplexity falls."""
+"""A GPT-2 from scratch on a stream of text, killed and gone on, pushed, and answered by an engine of its own with the
+tokens of transformers."""
 
 import gzip
 import json
@@ -10,6 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from loradock_testing.loradock_server import LoradockServer
+from loradock_testing.tiny_models import reference
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = ["def ", "import os", "class Thread", "    return self", "for name in"]
+MAX_TOKENS = 16
 
 
 def write_shards(folder: Path) -> tuple[Path, Path]:
@@ -64,3 +73,18 @@ def test_run_that_was_killed_goes_on_and_its_perplexity_falls(run: tuple[Path, l
     assert found[40] < 0.5 * 600, "a uniform guess has the vocabulary's"
     samples = [json.loads(line)["step"] for line in (directory / "samples.jsonl").read_text().splitlines()]
     assert samples == [20, 40]
+
+
+def test_model_from_scratch_is_answered_by_an_engine_of_its_own(
+    run: tuple[Path, list[int]], server: LoradockServer
+) -> None:
+    server.loradock("push", str(run[0]), "gpt2")
+    assert server.card("gpt2")["placement"] == "dedicated"
+    expected = reference(run[0] / "checkpoint", None, PROMPTS, MAX_TOKENS)
+    wrong = [
+        prompt
+        for prompt, answer in zip(PROMPTS, expected, strict=True)
+        if answer.is_contradicted_by(server.tokens("gpt2", prompt, MAX_TOKENS))
+    ]
+    assert wrong == []
+    assert server.card("gpt2")["state"] == "ready"
