@@ -4,6 +4,7 @@ Every engine listens on a Unix socket, loads our plug-ins, and hears names that 
 that shape the flags are told in docs/engine.md. Starts nothing.
 """
 
+import json
 import logging
 import os
 import subprocess
@@ -160,8 +161,31 @@ def dedicated_command(
     if machine.device == "gpu":
         arguments["gpu_memory_utilization"] = dedicated.gpu_memory_utilization
     arguments |= dedicated.engine
+    config = _within(config, own_limit(model))
     devices = {"CUDA_VISIBLE_DEVICES": dedicated.devices} if dedicated.devices is not None else {}
     return _command(str(model), name, socket, config, arguments, machine, devices)
+
+
+def own_limit(model: Path) -> int | None:
+    """Tokens that the full model's positions allow by its config.json; None where it does not say, or stretches them
+    (rope scaling), which is left to vLLM."""
+    try:
+        values = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the gate has judged the file: whatever is wrong with it now, vLLM will say
+        return None
+    text = values.get("text_config") if isinstance(values.get("text_config"), dict) else values
+    rope = text.get("rope_parameters") or text.get("rope_scaling")
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) != "default":
+        return None
+    found = (text.get(key) for key in ("max_position_embeddings", "n_positions", "seq_length"))
+    return next((limit for limit in found if isinstance(limit, int)), None)
+
+
+def _within(config: EngineConfig, limit: int | None) -> EngineConfig:
+    """`max_model_len` is chosen for the base; vLLM refuses to start a model with fewer positions than that."""
+    if limit is None or config.max_model_len is None or config.max_model_len <= limit:
+        return config
+    return config.model_copy(update={"max_model_len": limit})
 
 
 def _command(

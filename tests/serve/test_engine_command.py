@@ -1,5 +1,6 @@
 """The command line and environment of engines, as a function of config and machine."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,26 @@ def test_dedicated_engine_hears_its_digest_and_nothing_of_adapters() -> None:
 def test_dedicated_section_goes_over_the_engine_section() -> None:
     command = own(dedicated=DedicatedConfig(engine={"max_num_seqs": 2, "dtype": "float16"}), max_num_seqs=7)
     assert (value(command, "--max-num-seqs"), value(command, "--dtype")) == ("2", "float16")
+
+
+@pytest.mark.parametrize(
+    ("values", "asked"),
+    [
+        ({"n_positions": 128}, "128"),
+        ({"max_position_embeddings": 4096}, "1024"),
+        ({"text_config": {"max_position_embeddings": 512}}, "512"),
+        ({"max_position_embeddings": 512, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "512"),
+        ({"max_position_embeddings": 512, "rope_scaling": {"type": "yarn", "factor": 8.0}}, "1024"),
+        ({}, "1024"),
+    ],
+)
+def test_full_model_with_fewer_positions_than_the_base_is_asked_for_no_more(
+    values: dict[str, Any], asked: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config, dedicated = EngineConfig.model_validate({"max_model_len": 1024}), DedicatedConfig()
+    command = dedicated_command(tmp_path, "sha256:1", SOCKET, config, dedicated, Machine("cpu", 16 * GIB, (0,)))
+    assert value(command, "--max-model-len") == asked
 
 
 def test_cpu_engine_does_not_compile_unless_told_to() -> None:
