@@ -72,8 +72,7 @@ def refused(folder: Path, **values: Any) -> list[str]:
         ),
         (
             "trainer_resources", {"memory": 53687091200}, "trainer_resources", {"memory": 53687091200},
-            "trainer_resources: asked of Ray for the trainer (--ray); a run that Ray does not start takes this machine "
-            "as it is",
+            "trainer_resources: not asked for: what leads the workers only waits for them, and needs next to nothing",
         ),
     ],
 )  # fmt: skip

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from loradock_testing.rows import WriteRows
 from loradock_testing.worlds import run_worlds
 from loradock_train import train
+from loradock_train.config import TrainConfig
 from loradock_train.errors import ModelError
+from loradock_train.shard import check_shardable
 
 ROWS = [
     {"prompt": f"def f{i}(x" + "y" * (i % 5) + "):", "completion": f" return {i}" + " + x" * (i % 4)} for i in range(13)
@@ -117,6 +119,15 @@ def test_division_over_one_process_is_refused(
     with pytest.raises(ModelError, match=message):
         train(config, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_best_weights_of_a_divided_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process keeps them, and it has a part of every parameter."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    values = {"model_id": "m", "train_path": ("r.jsonl",), "valid_path": ("v.jsonl",), "fsdp": {}}
+    check_shardable(TrainConfig.model_validate(values))
+    with pytest.raises(ModelError, match="fsdp needs a run without best_by"):
+        check_shardable(TrainConfig.model_validate({**values, "best_by": "eval_loss"}))
 
 
 def test_section_that_is_switched_off_divides_nothing(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:

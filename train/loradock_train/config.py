@@ -173,7 +173,8 @@ class TrainConfig(Section):
     not start takes its machine as it is. Default none."""
 
     trainer_resources: dict[str, float] = Field(default_factory=dict)
-    """The same for the process that leads the workers. Default none."""
+    """Taken from other trainers' files, and not asked for: what leads the workers needs next to nothing. Default
+    none."""
 
     # ---- optimisation -----------------------------------------------------------------------------------------------
     learning_rate: float | None = Field(default=None, gt=0)

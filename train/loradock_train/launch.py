@@ -114,12 +114,12 @@ def launch(order: WorkOrder, num_processes: int, machines: Machines) -> None:
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for environment in environments(num_processes, machines, folder / "rendezvous"):
-                processes.append(_start(folder, environment))
+                processes.append(start_process(folder, environment))
             with _passed_on(processes):
                 failed = _wait(processes)
         finally:
             _end(processes)
-        endings = [_ending(folder, local, process) for local, process in enumerate(processes)]
+        endings = [ending_of(folder, local, process) for local, process in enumerate(processes)]
     if failed or any(ending.error is not None for ending in endings):
         raise raised(chosen(endings), num_processes * machines.nodes, num_processes * machines.rank)
 
@@ -145,7 +145,8 @@ def environments(num_processes: int, machines: Machines, rendezvous: Path) -> li
     ]
 
 
-def _start(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def start_process(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """One process of the run that FOLDER/order.json describes."""
     local = environment["LOCAL_RANK"]
     command = [sys.executable, "-m", "loradock_train.worker", str(folder)]
     path = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
@@ -206,7 +207,8 @@ def _end(processes: list[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _ending(folder: Path, local: int, process: subprocess.Popen[bytes]) -> Ending:
+def ending_of(folder: Path, local: int, process: subprocess.Popen[bytes]) -> Ending:
+    """What the process told of its end, or how it died without a word."""
     told = folder / f"end-{local}.json"
     if told.is_file():
         return Ending(**json.loads(told.read_text(encoding="utf-8")))

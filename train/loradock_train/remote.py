@@ -23,6 +23,11 @@ FILES = ("config.yaml", "metrics.jsonl", "loss.png", "checkpoint", "run.json")
 EXTRAS = {"s3": "pip install 'loradock[s3]'", "gs": "pip install gcsfs", "az": "pip install adlfs"}
 
 
+def has_urls(config: TrainConfig) -> bool:
+    """Whether a base has to be fetched before the run, or the run copied out after it."""
+    return any(value is not None and is_url(value) for value in (config.model_id, config.output_dir))
+
+
 def local_base(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """The config with a `model_id` that is a URL copied to this machine, and a notice of it. Raises ModelError."""
     if config.model_id is None or not is_url(config.model_id):

@@ -214,11 +214,15 @@ def _padding(done: Translation) -> None:
 
 
 def _resources(done: Translation) -> None:
-    for key, who in (("worker_resources", "for every worker"), ("trainer_resources", "for the trainer")):
-        if done.values.get(key):
-            done.notices.append(
-                f"{key}: asked of Ray {who} (--ray); a run that Ray does not start takes this machine as it is"
-            )
+    if done.values.get("worker_resources"):
+        done.notices.append(
+            "worker_resources: asked of Ray for every worker (--ray); a run that Ray does not start takes this machine "
+            "as it is"
+        )
+    if done.values.get("trainer_resources"):
+        done.notices.append(
+            "trainer_resources: not asked for: what leads the workers only waits for them, and needs next to nothing"
+        )
 
 
 def _checkpointing(done: Translation) -> None:

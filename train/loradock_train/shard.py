@@ -35,6 +35,9 @@ def check_shardable(config: TrainConfig) -> None:
         "bf16 or float32 arithmetic: set mixed_precision: bf16": config.mixed_precision == "fp16",
         "an optimiser that knows divided tensors: set optim: adamw_torch_fused": "8bit" in config.optim,
         "a run without task: (its scores need the whole model in one process)": config.task is not None,
+        "a run without best_by and early_stopping (the best weights are kept by one process)": (
+            config.chosen_best_by is not None
+        ),
         "float weights: remove quantisation": getattr(config, "quantisation", None) is not None,
     }
     for need, is_missing in told.items():
