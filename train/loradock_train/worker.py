@@ -49,14 +49,13 @@ def main(folder: Path) -> int:
 
 
 def _train(order: "WorkOrder") -> None:
-    from transformers.utils import logging
+    from loradock_train.quiet import quieten
 
+    quieten()
     from loradock_adapters.console import err
     from loradock_train.config import TrainConfig
     from loradock_train.run import train_here
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     config = TrainConfig.model_validate_json(json.dumps(order.config))
     train_here(config, order.notices, order.name, Path(order.directory), order.overwrite, order.resume, err)
 

@@ -36,15 +36,14 @@ def check(
     from loradock_train.config_file import load_config
 
     load_config(config, set_ or [])  # a typo is told before the heavy imports
-    from transformers.utils import logging
+    from loradock_train.quiet import quieten
 
+    quieten()
     from loradock_adapters.console import note, out_json
     from loradock_train.check import check as look
     from loradock_train.check_write import write_rewritten
     from loradock_train.placement import DEFAULT_TARGET, target_of_server
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     target = DEFAULT_TARGET if server is None else target_of_server(server, api_key)
     report = look(config, set_ or [], target)
     if json:

@@ -31,6 +31,9 @@ def data(
     from loradock_train.config_file import load_config
 
     loaded, notices = load_config(config, set_ or [])
+    from loradock_train.quiet import quieten
+
+    quieten()
     from dataclasses import asdict
 
     from rich.console import Console

@@ -28,6 +28,9 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Write an adapter or a whole model in the layout that other tools load."""
+    from loradock_train.quiet import quieten
+
+    quieten()
     from loradock_adapters import console
     from loradock_adapters.errors import UsageError
     from loradock_train.merging import export_checkpoint as export_files

@@ -28,6 +28,9 @@ def extract(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Make a LoRA adapter of what a full fine-tune changed, and say how much of it is kept."""
+    from loradock_train.quiet import quieten
+
+    quieten()
     from loradock_adapters import console
     from loradock_train.extract_run import extract_to
 

@@ -26,6 +26,9 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor, and prove that it answers as before."""
+    from loradock_train.quiet import quieten
+
+    quieten()
     from loradock_adapters import console
     from loradock_train.merging import merge as merge_files
 

@@ -140,26 +140,24 @@ def _push_words(push: str | None, server: str) -> str:
 def _train_here(
     config: Path, overrides: list[str], output: Path | None, overwrite: bool, resume: bool, machines: Machines
 ) -> None:
-    from transformers.utils import logging
+    from loradock_train.quiet import quieten
 
+    quieten()
     from loradock_adapters.console import err
     from loradock_train.run import train as run_training
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     run_training(
         config, overrides=overrides, output=output, overwrite=overwrite, resume=resume, console=err, machines=machines
     )
 
 
 def _print_plan(config: Path, overrides: list[str], as_json: bool) -> None:
-    from transformers.utils import logging
+    from loradock_train.quiet import quieten
 
+    quieten()
     from loradock_adapters.console import out, out_json
     from loradock_train.planning import plan_lines, plan_of_config
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     planned = plan_of_config(config, overrides)
     if as_json:
         out_json(planned.to_json())
