@@ -131,11 +131,12 @@ def test_serve_yaml_is_a_valid_config_in_the_dtype_of_the_training() -> None:
 
 def test_problems_between_lora_and_full_are_told() -> None:
     result = all_kept()
-    for question in QUESTIONS[:20]:
+    for question in QUESTIONS[:30]:
         result.after["packages", question] = f"nothing {question.prompt}"
     worse = replace(result, size_ratio=8.4, disagreements={"packages": 1})
     assert results.problems_with(worse) == [
-        "packages: 0.80 is more than 0.15 below full training, 1.00",
+        "packages: 0.70 is less than 0.25 over the best constant answer, 0.50",
+        "packages: 0.70 is more than 0.25 below full training, 1.00",
         "packages-full: its checkpoint is 8.4 times that of LoRA, 20 times are promised",
         "packages: tokens served against those of transformers and PEFT: 1 of 12 differ",
         "packages-full: tokens served against those of transformers and PEFT: nobody compared them",
