@@ -3,9 +3,6 @@ tokens of transformers."""
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 
 from loradock_testing.loradock_server import LoradockServer
 from loradock_testing.tiny_models import reference
+from loradock_testing.worlds import run_legs
 
 pytestmark = pytest.mark.engine
 
@@ -50,14 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
         {"config": config, "output": str(folder / "run"), "resume": False, "kill_at_batch": 21},
         {"config": config, "output": str(folder / "run"), "resume": True},
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "loradock_testing.train_legs"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=json.dumps(legs), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    sys.stdout.write(done.stderr)
-    codes: list[int] = json.loads(done.stdout)
+    codes = run_legs(legs)
     return folder / "run", codes
 
 

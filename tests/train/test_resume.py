@@ -1,15 +1,15 @@
 """Exact resume: a run that was killed, and went on, ends with the same bits as one that was left alone."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from loradock_testing.worlds import run_legs
 
 ROWS = [
     {"prompt": f"def f{i}(x" + "y" * (i % 5) + "):", "completion": f" return {i}" + " + x" * (i % 4)} for i in range(22)
@@ -83,18 +83,6 @@ def stories(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
         kind: Story(folder / f"{kind}-alone", folder / f"{kind}-killed", codes[5 * at : 5 * at + 5])
         for at, kind in enumerate(KINDS)
     }
-
-
-def run_legs(legs: list[dict[str, Any]]) -> list[int]:
-    done = subprocess.run(
-        [sys.executable, "-m", "loradock_testing.train_legs"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=json.dumps(legs), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    sys.stdout.write(done.stderr)
-    codes: list[int] = json.loads(done.stdout)
-    return codes
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,9 +2,7 @@
 
 import gzip
 import json
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 import zstandard
 
 from loradock_testing.tiny_models import make_llama
+from loradock_testing.worlds import run_legs
 from loradock_train import train
 from loradock_train.errors import ResumeError
 
@@ -79,14 +78,7 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, P
             {**killed, "resume": True, "kill_at_batch": kills[1]},
             {**killed, "resume": True},
         ]
-    done = subprocess.run(
-        [sys.executable, "-m", "loradock_testing.train_legs"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=json.dumps(legs), capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    sys.stdout.write(done.stderr)
-    codes: list[int] = json.loads(done.stdout)
+    codes = run_legs(legs)
     return {
         kind: (folder / f"{kind}-alone", folder / f"{kind}-killed", codes[4 * at : 4 * at + 4])
         for at, kind in enumerate(LIMITS)

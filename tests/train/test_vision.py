@@ -124,6 +124,7 @@ def test_answer_of_weight_0_is_not_learnt(encoder: VisionEncoder, tokenizer: Any
 
 
 def test_tokens_are_those_of_the_processor_for_the_whole_row(encoder: VisionEncoder) -> None:
+    """`check` raises where they are not: the next test shows it."""
     encoder.check(row(("user", [said("A"), shown("red"), shown("blue", 60)]), ("assistant", "x")))
 
 
