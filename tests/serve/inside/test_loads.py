@@ -39,6 +39,15 @@ async def all_active(client: httpx.AsyncClient, names: list[str]) -> bool:
     return set((await status(client))["active"]) == set(names)
 
 
+async def ask_until(client: httpx.AsyncClient, name: str, told: asyncio.Event) -> list[int]:
+    """Ask for long answers one after another, so that however fast the engine is one is under way until told."""
+    body = {"model": name, "prompt": PROMPTS[0], "max_tokens": 120, "ignore_eos": True, "temperature": 0}
+    statuses = []
+    while not told.is_set():
+        statuses.append((await client.post("/v1/completions", json=body)).status_code)
+    return statuses
+
+
 async def require_own_answers(client: httpx.AsyncClient, world: World, names: dict[str, str], requests: int) -> None:
     """Ask for these, and hold each answer against the adapter's truth."""
     answers = await mixed_stream(client, list(names), requests=requests, in_flight=8, share_cache=False)
@@ -59,10 +68,8 @@ async def test_loads_beside_streams_take_no_slot(engine: VllmServer, world: Worl
     async with engine.client() as client:
         for name in streaming:
             await load(client, name, world.adapters[name])
-        body = {"prompt": PROMPTS[0], "max_tokens": 120, "ignore_eos": True, "temperature": 0}
-        streams = asyncio.gather(
-            *(client.post("/v1/completions", json=body | {"model": name}) for name in streaming for _ in range(2))
-        )
+        loaded = asyncio.Event()
+        streams = asyncio.gather(*(ask_until(client, name, loaded) for name in streaming for _ in range(2)))
         await until(lambda: all_active(client, streaming), "a slot for each stream")
         before = await status(client)
 
@@ -73,8 +80,8 @@ async def test_loads_beside_streams_take_no_slot(engine: VllmServer, world: Worl
             assert name in during["staged"]
 
         assert during["counts"]["activations"] == before["counts"]["activations"]
-        assert not streams.done()
-        assert {response.status_code for response in await streams} == {200}
+        loaded.set()
+        assert {status for statuses in await streams for status in statuses} == {200}
         await unload(client, *names)
 
 
