@@ -76,6 +76,22 @@ CONFIGS = [
         "tracker", "report_to: wandb2", "line 3, report_to: must be 'tensorboard', 'wandb' or 'mlflow', got 'wandb2'"
     ),
     config("template", "prompt_template: 'no'", "line 3, prompt_template: prompt_template must contain {instruction}"),
+    config("not a number", "learning_rate: .inf", "line 3, learning_rate: must be a finite number"),
+    config(
+        "rank of a module",
+        "lora_config: {rank_pattern: {q_proj: 0}}",
+        "line 3, lora_config.rank_pattern: must be greater than or equal to 1, got 0",
+    ),
+    config(
+        "expression of a rank",
+        "lora_config: {rank_pattern: {'(q': 4}}",
+        "'(q' is no regular expression: missing ), unterminated",
+    ),
+    config(
+        "template that is a name",
+        "chat_template: chatml",
+        "line 3, chat_template: chat_template is neither a Jinja template",
+    ),
     config("template file", "chat_template: a.jinja", "line 3, chat_template: no such file: {here}/a.jinja"),
     config("resources", "worker_resources: {GPU: x}", "line 3, worker_resources: must be a valid number, got 'x'"),
     config("old key", "num_train_epochs: 0", "line 3, num_train_epochs: must be greater than 0, got 0"),
@@ -174,6 +190,24 @@ FILES = [
     rows("no rows", "\n\n", ": no rows"),
     rows("bytes", GOOD.encode() + b'{"prompt": "\xff"}\n', ", line 2: not valid UTF-8"),
     rows("json", GOOD + '{"prompt": "a",}\n', ", line 2: not valid JSON: "),
+    rows(
+        "key twice in a row", GOOD + '{"prompt": "a", "completion": "b", "prompt": "c"}\n', ", line 2: the key 'prompt'"
+    ),
+    rows(
+        "digits", f'{{"prompt": "a", "completion": "b", "n": {"9" * 5000}}}\n', ", line 1: not valid JSON: a number of"
+    ),
+    rows("brackets", "[" * 100_000 + "\n", ", line 1: not valid JSON: brackets within brackets"),
+    rows(
+        "half a character",
+        GOOD + '{"prompt": "\\ud83d!", "completion": "b"}\n',
+        ", line 2: not valid Unicode: \\ud83d is half of a character",
+    ),
+    rows(
+        "input without a place",
+        '{"instruction": "do", "output": "a"}\n{"instruction": "do", "input": "it", "output": "a"}\n',
+        ", line 2: has an input, and prompt_template has no place for it",
+        "prompt_template: 'Q: {instruction} A: '\n",
+    ),
     rows("array", GOOD + "[1]\n", ", line 2: expected a JSON object, found list"),
     rows(
         "no format",
@@ -271,6 +305,22 @@ MODELS = [
         "lora_config: {target_modules: [query]}",
         "lora_config.target_modules: no module 'query' in this model",
     ),
+    config(
+        "saved module",
+        "lora_config: {modules_to_save: [lm_haed]}",
+        "lora_config.modules_to_save: no module 'lm_haed' in this model; it has",
+    ),
+    config(
+        "excluded module",
+        "lora_config: {exclude_modules: [q_prj]}",
+        "lora_config.exclude_modules: no module 'q_prj' in this model; it has",
+    ),
+    config(
+        "rank of nothing",
+        "lora_config: {target_modules: [q_proj], rank_pattern: {k_proj: 4}}",
+        "lora_config.rank_pattern: no module with an adapter matches 'k_proj'; those with one are q_proj",
+    ),
+    config("template's syntax", "chat_template: '{% for'", "chat_template, line 1 of it: not valid Jinja: "),
     config(
         "pattern finds nothing", "trainable: [atention]", "trainable: no parameter of this model has 'atention' in its"
     ),

@@ -46,6 +46,42 @@ def test_completion_of_a_tokenizer_that_ends_texts_has_one_end() -> None:
     assert example.labels == [_, _, *ids("a"), END]
 
 
+class EndInText(Letters):
+    """Reads `$` as its end-of-text token, as a tokenizer reads `</s>`."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return super().__call__(text.replace("$", chr(END)), add_special_tokens=add_special_tokens)
+
+
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_completion_keeps_the_end_that_stands_in_its_prompt(adds_end: bool) -> None:
+    example = encode("completion", EndInText(adds_end=adds_end), prompt="q$", completion="a")
+    assert example.input_ids == [BEGIN, *ids("q"), END, *ids("a"), END]
+    assert example.labels == [_, _, _, *ids("a"), END], "the end of the prompt is the prompt's: it is not learnt"
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_answer_that_brings_its_end_learns_it_once(append_eos: bool, adds_end: bool) -> None:
+    example = encode("completion", EndInText(adds_end=adds_end), append_eos, prompt="q", completion="a$")
+    assert example.labels == [_, _, *ids("a"), END]
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+@pytest.mark.parametrize("adds_end", [False, True])
+def test_text_that_brings_its_end_learns_it_once(append_eos: bool, adds_end: bool) -> None:
+    example = encode("text", EndInText(adds_end=adds_end), append_eos, text="ab$")
+    assert example.labels == [BEGIN, *ids("ab"), END]
+
+
+def test_answer_tokenised_alone_learns_its_own_end_once() -> None:
+    class Both(EndInText, Merging):
+        pass
+
+    example = encode("completion", Both(), prompt="xa", completion="b$")
+    assert example.labels == [_, _, _, *ids("b"), END]
+
+
 def test_completion_prompt_is_tokenised_as_the_server_does_where_a_merge_crosses_the_border() -> None:
     example = encode("completion", Merging(), prompt="xa", completion="bc")
     assert example.input_ids == [BEGIN, *ids("xa"), *ids("bc"), END], "not x, ab, c: the server never sees that prompt"

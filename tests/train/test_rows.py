@@ -296,3 +296,21 @@ def test_chat_reaches_the_template_as_the_engine_hands_it_over() -> None:
     calls = [{**CALL, "function": {"name": "add", "arguments": found}} for found in ({"a": 1}, {})]
     assert messages == [{"role": "assistant", "content": "", "tool_calls": calls}]
     assert values["messages"][0]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}', "the row is left as it is"
+
+
+def test_keys_that_nothing_reads_are_told(tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "completion": "b", "system": "be kind"}, {"prompt": "a", "completion": "c", "id": 1}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[1]]))
+    assert read_rows([str(tmp_path / "a.jsonl")], "auto", "train_path").notices == (
+        "train_path: keys that completion rows do not have, and that are not learnt: id (2 rows), system (1 row)",
+    )
+
+
+def test_key_that_stands_twice_with_one_value_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "a"}\n')
+    assert [row.values for row in read_rows([str(tmp_path / "a.jsonl")], "auto", "train_path").rows] == [{"text": "a"}]
+
+
+def test_character_written_as_two_escapes_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude80"}\n')
+    assert read_rows([str(tmp_path / "a.jsonl")], "auto", "train_path").rows[0].values == {"text": "\N{ROCKET}"}

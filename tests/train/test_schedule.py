@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from loradock_train.config import TrainConfig
-from loradock_train.schedule import Length, learning_rate_factor, length_of
+from loradock_train.schedule import Length, learning_rate_factor, length_of, without_effect
 
 
 def config(**values: Any) -> TrainConfig:
@@ -70,3 +70,22 @@ def test_warmup_as_a_share_follows_the_clock() -> None:
 
 def test_single_step_run_learns_at_the_peak() -> None:
     assert factors(1) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (
+            {"max_steps": 10, "warmup_steps": 10},
+            "warmup_steps 10 is the whole run of 10 steps: learning_rate 1e-05 is not",
+        ),
+        ({"max_steps": 10, "warmup_steps": 9}, ""),
+        ({"max_steps": 10, "warmup_steps": 0.9}, ""),
+        ({"max_steps": 10, "eval_steps": 2}, "eval_steps 2 has no effect: without valid_path nothing is validated"),
+        ({"max_steps": 10, "eval_steps": 2, "valid_path": "v.jsonl"}, ""),
+    ],
+)
+def test_what_has_no_effect_is_told(keys: dict[str, Any], told: str) -> None:
+    made = config(**keys)
+    notices = without_effect(made, length_of(made, 100, num_devices=1))
+    assert [notice.startswith(told) for notice in notices] == ([True] if told else [])

@@ -312,6 +312,15 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _chat_template_is_one(self) -> Self:
+        template = self.chat_template
+        if template is not None and not template.endswith(".jinja") and not re.search(r"\{[{%]", template):
+            raise ValueError(
+                "chat_template is neither a Jinja template ({{ … }}, {% … %}) nor the path of a .jinja file"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _template_has_instruction(self) -> Self:
         if self.prompt_template is not None and "{instruction}" not in self.prompt_template:
             raise ValueError("prompt_template must contain {instruction} (and {input} where rows have one)")

@@ -40,10 +40,23 @@ def as_pattern(value: str) -> str:
 Pattern = Annotated[str, AfterValidator(as_pattern)]
 
 
+def as_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression: {error}") from None
+    return value
+
+
+Expression = Annotated[str, AfterValidator(as_expression)]
+
+
 class Section(BaseModel):
     """What every part of the configuration shares: strict types, frozen, unknown keys refused."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class LoraOptions(Section):
@@ -91,10 +104,10 @@ class LoraOptions(Section):
     loraplus_lr_ratio: float | None = Field(default=None, ge=1)
     """LoRA+: the B matrices learn with that many times the learning rate. 16 is usual. Default: like A."""
 
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[Expression, Annotated[int, Field(ge=1, le=4096)]] = Field(default_factory=dict)
     """Module name (or regular expression) to a rank of its own. Default none."""
 
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[Expression, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Module name (or regular expression) to a lora_alpha of its own. Default none."""
 
 

@@ -92,12 +92,25 @@ class Encoder:
         ids: list[int] = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
         return ids
 
-    def _eos(self) -> list[int]:
-        return [self.tokenizer.eos_token_id] if self.append_eos and self.tokenizer.eos_token_id is not None else []
+    def _begun(self, text: str) -> list[int]:
+        """A text with the special tokens that the tokenizer puts before it. Some (T5's kind) end every text with EOS: a
+        prompt must not end so, and documents get theirs from us. An EOS that stands in the text itself stays."""
+        ids, eos = self._ids(text), self.tokenizer.eos_token_id
+        if len(ids) < 2 or ids[-1] != eos:
+            return ids
+        own = self._ids(text, special=False)
+        return ids[:-1] if _count_at_end(ids, eos) > _count_at_end(own, eos) else ids
+
+    def _ended(self, ids: list[int]) -> list[int]:
+        """With EOS behind it, once: data may bring its own."""
+        eos = self.tokenizer.eos_token_id
+        if not self.append_eos or eos is None or (ids and ids[-1] == eos):
+            return ids
+        return [*ids, eos]
 
     def _text(self, text: str, is_continued: bool) -> Example:
-        ids = without_trailing_eos(self._ids(text), self.tokenizer.eos_token_id)
-        ids += [] if is_continued else self._eos()
+        ids = self._begun(text)
+        ids = ids if is_continued else self._ended(ids)
         return Example(ids, list(ids))
 
     def _completion(self, prompt: str, answer: str) -> Example:
@@ -107,12 +120,10 @@ class Encoder:
         would put a space before an answer tokenised alone). Where a merge crosses the border, the answer is
         tokenised alone.
         """
-        eos = self.tokenizer.eos_token_id
-        prompt_ids = without_trailing_eos(self._ids(prompt), eos)
-        whole_ids = without_trailing_eos(self._ids(prompt + answer), eos)
+        prompt_ids, whole_ids = self._begun(prompt), self._begun(prompt + answer)
         is_prefix = len(whole_ids) > len(prompt_ids) and whole_ids[: len(prompt_ids)] == prompt_ids
         answer_ids = whole_ids[len(prompt_ids) :] if is_prefix else self._ids(answer, special=False)
-        answer_ids = answer_ids + self._eos()
+        answer_ids = self._ended(answer_ids)
         return Example(prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids)
 
     def _chat(self, row: Row) -> Example:
@@ -218,10 +229,8 @@ def _through_stop(ids: Sequence[int], start: int, stops: frozenset[int]) -> int:
     return len(ids)
 
 
-def without_trailing_eos(ids: list[int], eos_token_id: int | None) -> list[int]:
-    """Some tokenizers (T5's kind) end every text with EOS; a prompt must not end so, and documents get theirs from
-    us."""
-    return ids[:-1] if len(ids) > 1 and ids[-1] == eos_token_id else ids
+def _count_at_end(ids: Sequence[int], token: int | None) -> int:
+    return next((count for count, each in enumerate(reversed(ids)) if each != token), len(ids))
 
 
 def prompt_and_answer(row: Row, row_format: Format, template: str | None) -> tuple[str, str]:
@@ -229,7 +238,13 @@ def prompt_and_answer(row: Row, row_format: Format, template: str | None) -> tup
     values = row.values
     if row_format == "completion":
         return values["prompt"], values["completion"]
-    return instruction_prompt(values["instruction"], values.get("input", ""), template), values["output"]
+    extra_input = values.get("input", "")
+    if extra_input and template is not None and "{input}" not in template:
+        raise DataError(
+            "prompt_template leaves out what rows hold:",
+            [Problem(row.where, "has an input, and prompt_template has no place for it; add {input}")],
+        )
+    return instruction_prompt(values["instruction"], extra_input, template), values["output"]
 
 
 def instruction_prompt(instruction: str, extra_input: str, template: str | None) -> str:

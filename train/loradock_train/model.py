@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
+from loradock_train.adapter_names import check_names, check_patterns
 from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions
 from loradock_train.errors import ModelError
@@ -201,6 +202,7 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     """Wrap the model with LoRA; a classification head is trained in full beside it. Raises ModelError where the adapter
     could not be what the config says."""
     _check_targets(model, options)
+    check_names(model, options)
     values = options.model_dump(exclude={"loraplus_lr_ratio"})
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(values[name], tuple):
@@ -211,9 +213,12 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
         with warnings.catch_warnings():
             # PEFT warns while it sets it itself, as our documentation of the field promises.
             warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-            return cast(PeftModel, get_peft_model(model, LoraConfig(**values)))
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")  # refused below
+            wrapped = cast(PeftModel, get_peft_model(model, LoraConfig(**values)))
     except ValueError as error:
         raise ModelError(f"lora_config: PEFT refuses it: {error}") from error
+    check_patterns(wrapped, options)
+    return wrapped
 
 
 def _check_targets(model: PreTrainedModel, options: LoraOptions) -> None:

@@ -8,6 +8,7 @@ alone. Knows nothing of tokens.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -20,6 +21,17 @@ from loradock_train.preference_rows import check_preference, is_preference
 
 Format: TypeAlias = Literal["chat", "instruction", "completion", "text", "preference"]
 
+READ_KEYS: dict[Format, frozenset[str]] = {
+    "chat": frozenset({"messages", "tools", "parallel_tool_calls", "functions"}),
+    "instruction": frozenset({"instruction", "input", "output"}),
+    "completion": frozenset({"prompt", "completion"}),
+    "text": frozenset({"text", "label"}),
+    "preference": frozenset(
+        {"input", "preferred_output", "non_preferred_output", "prompt", "chosen", "rejected", "tools"}
+    ),
+}
+"""Keys of a row that something reads (`label`: a classification head)."""
+MAX_UNREAD = 6
 _MARKS: dict[str, Format] = {"messages": "chat", "instruction": "instruction", "prompt": "completion", "text": "text"}
 
 
@@ -87,8 +99,22 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
     for _, sha256 in images:
         digest.update(bytes.fromhex(sha256))
     old = sum(found == "chat" and has_functions(row.values) for row in rows)
-    notices = (f"{key}: {count_of(old, 'row')} with the old functions and function_call read as tools and tool_calls",)
-    return Rows(found, tuple(rows), digest.hexdigest(), (*files, *images), notices if old else ())
+    notices = unread_keys(rows, found, key)
+    if old:
+        told = f"{key}: {count_of(old, 'row')} with the old functions and function_call read as tools and tool_calls"
+        notices = (told, *notices)
+    return Rows(found, tuple(rows), digest.hexdigest(), (*files, *images), notices)
+
+
+def unread_keys(rows: Sequence[Row], row_format: Format, key: str) -> tuple[str, ...]:
+    """A notice of what stands in the rows and reaches no model: metadata, or a misspelt key."""
+    known = READ_KEYS[row_format]
+    counts = Counter(name for row in rows for name in row.values if name not in known)
+    if not counts:
+        return ()
+    named = ", ".join(f"{name} ({count_of(number, 'row')})" for name, number in counts.most_common(MAX_UNREAD))
+    more = f" and {len(counts) - MAX_UNREAD} more" if len(counts) > MAX_UNREAD else ""
+    return (f"{key}: keys that {row_format} rows do not have, and that are not learnt: {named}{more}",)
 
 
 def count_of(number: int, noun: str) -> str:
@@ -115,14 +141,42 @@ def _read_file(file: DataFile, content: bytes, problems: list[Problem]) -> Itera
 def parse_line(file: str, number: int, line: str, problems: list[Problem]) -> Row | None:
     """One line of JSON Lines; None where it is added to the problems."""
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_unique)
+        problem = None if isinstance(values, dict) else f"expected a JSON object, found {type(values).__name__}"
+        if problem is None and "\\u" in line:
+            json.dumps(values, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        problems.append(Problem(f"{file}, line {number}", f"not valid JSON: {error.msg} at column {error.colno}"))
-        return None
-    if not isinstance(values, dict):
-        problems.append(Problem(f"{file}, line {number}", f"expected a JSON object, found {type(values).__name__}"))
+        problem = f"not valid JSON: {error.msg} at column {error.colno}"
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        problem = f"not valid Unicode: \\u{half:04x} is half of a character, and the other half is missing"
+    except _TwiceError as error:
+        problem = f"the key {error.key!r} stands twice, with different values"
+    except RecursionError:
+        problem = "not valid JSON: brackets within brackets, too deep to be read"
+    except ValueError:  # Python's own limit: 4,300 digits
+        problem = "not valid JSON: a number of more digits than can be read"
+    if problem is not None:
+        problems.append(Problem(f"{file}, line {number}", problem))
         return None
     return Row(file, number, values)
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice, so that one of its values would be lost."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        super().__init__(key)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        for key, value in pairs:
+            if values[key] != value:
+                raise _TwiceError(key)
+    return values
 
 
 def decide_format(rows: Sequence[Row], wanted: Format | Literal["auto"], key: str) -> Format:

@@ -46,7 +46,7 @@ from loradock_train.placement import foretell
 from loradock_train.planning import compared, plan_for_run, warnings_of
 from loradock_train.plot import plot_loss
 from loradock_train.preference import check_preference_run
-from loradock_train.processes import connected, is_main, on_main
+from loradock_train.processes import connected, is_main, on_main, world_size
 from loradock_train.proof import Proof, probe_logits
 from loradock_train.remote import check_destination, copy_out, local_base
 from loradock_train.report import summarise, versions
@@ -62,6 +62,7 @@ from loradock_train.saves import (
     identity_of,
     write_save,
 )
+from loradock_train.schedule import length_of, length_of_stream, without_effect
 from loradock_train.scoring import write_scores
 from loradock_train.shard import check_shardable
 from loradock_train.shared import Alone
@@ -223,6 +224,8 @@ def _train_here(
             notices.extend(report.notices(key, config.context_length))
 
     notices.extend(few_tokens(config, data.reports["train"].num_tokens, is_whole=stream is None))
+    few = length_of(config, len(data.train), world_size()) if stream is None else length_of_stream(config, lambda: 0.0)
+    notices.extend(without_effect(config, few))
     identity = identity_of(config, data.splits, tokenizer_sha256(tokenizer), versions())
     check_alike(identity)
     if save is not None:

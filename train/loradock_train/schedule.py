@@ -51,6 +51,19 @@ def length_of_stream(config: TrainConfig, passes: Callable[[], float]) -> Length
     return Length(UNLIMITED_STEPS, config.max_steps or UNLIMITED_STEPS, config.max_time_s, share)
 
 
+def without_effect(config: TrainConfig, length: Length) -> list[str]:
+    """Notices of what the config asks for and this run will not have."""
+    told: list[str] = []
+    if 1 < length.max_steps <= config.warmup_steps:
+        told.append(
+            f"warmup_steps {config.warmup_steps:g} is the whole run of {length.max_steps} steps: learning_rate "
+            f"{config.peak_learning_rate:g} is not reached before its end; give fewer, or a share of the run (0.03)"
+        )
+    if config.eval_steps is not None and config.valid_path is None:
+        told.append(f"eval_steps {config.eval_steps} has no effect: without valid_path nothing is validated")
+    return told
+
+
 def warmup_factor(step: int, progress: float, warmup_steps: float) -> float:
     """0 to 1 over the warm-up. Never 0: a run of one step must learn something. warmup_steps below 1: a share of the
     run."""

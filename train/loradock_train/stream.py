@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 from loradock_train.errors import MAX_SHOWN, DataError, Problem
 from loradock_train.files import DataFile, data_files
 from loradock_train.order import shard_order
-from loradock_train.rows import Format, Row, Rows, check_row, count_of, decide_format, parse_line
+from loradock_train.rows import Format, Row, Rows, check_row, count_of, decide_format, parse_line, unread_keys
 
 BLOCK_BYTES = 8 << 20
 """Of text in a block: about 100 MB in memory while it becomes tokens."""
@@ -104,7 +104,7 @@ class Stream:
         stream.check(block.rows)
         files = tuple((shard.name, shard.fingerprint()) for shard in self.shards)
         digest = hashlib.sha256("".join(print_ for _, print_ in files).encode()).hexdigest()
-        return stream, Rows(found, block.rows, digest, files)
+        return stream, Rows(found, block.rows, digest, files, unread_keys(block.rows, found, self.key))
 
     def check(self, rows: Sequence[Row]) -> None:
         """Raises DataError for rows of another format, with their lines."""

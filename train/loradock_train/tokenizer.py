@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
@@ -40,6 +41,7 @@ def make_tokenizer(config: TrainConfig, rows: Rows) -> PreTrainedTokenizerBase:
             tokenizer.chat_template = _processor_template(source)
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template
+        _check_template(tokenizer)
     if rows.format == "chat" and not tokenizer.chat_template:
         if TURN_END not in tokenizer.get_vocab():
             raise ModelError(
@@ -50,6 +52,16 @@ def make_tokenizer(config: TrainConfig, rows: Rows) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end-of-text token (eos_token): a model trained with it would never stop")
     return tokenizer
+
+
+def _check_template(tokenizer: Any) -> None:
+    """ModelError for what Jinja cannot read. What a template refuses is known when it gets the rows."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelError(f"chat_template, line {error.lineno} of it: not valid Jinja: {error.message}") from error
+    except (TemplateError, TypeError, ValueError, LookupError):  # it may ask for more than this chat
+        return
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
