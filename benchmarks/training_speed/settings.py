@@ -33,6 +33,8 @@ LEGS = (
     Leg("trl", "full, same batches", options={**TRL_EQUAL, "lora": None}),
     Leg("ours", "LoRA, checkpointing", options={"gradient_checkpointing": True}),
     Leg("trl", "LoRA, checkpointing", options={**TRL_EQUAL, "gradient_checkpointing": True}),
+    Leg("ours", "LoRA, compiled", options={"torch_compile": True}),
+    Leg("trl", "LoRA, compiled", options={**TRL_EQUAL, "torch_compile": True}),
 )
 
 COMPARED = tuple(leg.name for leg in LEGS if leg.trainer == "ours")

@@ -165,6 +165,10 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower. Default false."""
 
+    torch_compile: bool = False
+    """Compile the model's layers with torch.compile: the first steps take half a minute more, the others less memory
+    and up to a tenth less time. Needs a C++ compiler, on a GPU Triton. Default false."""
+
     group_by_length: bool = True
     """Put rows of like length in a batch, so that little is padded. Order stays random beyond that. Default true."""
 

@@ -1,5 +1,6 @@
 """The training itself: the trainer put together from its parts, run to its end or to where it is asked to stop."""
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from loradock_adapters.errors import UsageError
 from loradock_train.agree import Agreement, common_clock
 from loradock_train.before import RunData
+from loradock_train.compiled import compiled_layers
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import Collator
 from loradock_train.errors import RunStopped
@@ -20,10 +21,7 @@ from loradock_train.feed import Batching, Collate, Feed, Place
 from loradock_train.head import HeadCollator, head_loss
 from loradock_train.loss import can_own_loss
 from loradock_train.memory import facts_of, out_of_memory_told
-from loradock_train.model import (
-    Precision,
-    inner_model,
-)
+from loradock_train.model import Precision, inner_model
 from loradock_train.order import Order
 from loradock_train.preference import preference_trainer
 from loradock_train.processes import is_main, rank, world_size
@@ -55,12 +53,7 @@ def fit(
     write: Write,
 ) -> Outcome:
     """Train to the end. Raises RunStopped where a signal ends it earlier."""
-    width_tokens = config.context_length if config.padding == "max_length" else None
-    collate: Any = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
-    if config.has_head:
-        collate = HeadCollator(Collator(padding_id(tokenizer), width_tokens=width_tokens))
-    elif data.processor is not None:
-        collate = VisionCollator(collate, data.processor.image_processor)
+    collate = _collator(config, tokenizer, data)
     use_own = config.has_head or (config.preference is None and _can_own_loss(model, data))
     feed = None if data.stream is None else _feed(config, data, collate, save)
     length = (
@@ -108,13 +101,9 @@ def fit(
         )
         watch = _watch_over(trainer, config, model, tokenizer, data, precision, reporter, directory, console)
         trainer.facts, trainer.may_cut = facts_of(config, model, precision), config.on_out_of_memory == "adapt"
-        if trainer.may_cut and world_size() > 1:
-            raise UsageError(
-                f"on_out_of_memory: adapt works with one process, this run has {world_size()}: processes that cut "
-                "their batches differently would wait for each other; set on_out_of_memory: error"
-            )
+        compiled = compiled_layers(model) if config.torch_compile else contextlib.nullcontext()
         try:
-            with out_of_memory_told(trainer):
+            with out_of_memory_told(trainer), compiled:
                 if save is None:
                     trainer.train()
                 else:
@@ -146,6 +135,14 @@ def fit(
         scored=scored,
         notices=(*watch.notices, *trainer.notices),
     )
+
+
+def _collator(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Any:
+    width_tokens = config.context_length if config.padding == "max_length" else None
+    if config.has_head:
+        return HeadCollator(Collator(padding_id(tokenizer), width_tokens=width_tokens))
+    collate = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
+    return collate if data.processor is None else VisionCollator(collate, data.processor.image_processor)
 
 
 def _can_own_loss(model: Any, data: RunData) -> bool:

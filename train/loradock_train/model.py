@@ -23,11 +23,14 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.hub import cached_file
 
+from loradock_adapters.errors import UsageError
 from loradock_train.adapter_names import check_names, check_patterns
+from loradock_train.compiled import check_compiler
 from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions
 from loradock_train.errors import ModelError
 from loradock_train.parameters import count_parameters as count_parameters
+from loradock_train.processes import world_size
 from loradock_train.quantised import check_quantisation, keep_differentiable, loading_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,8 +112,15 @@ def check_machine(config: TrainConfig) -> None:
     if "paged" in config.optim and not torch.cuda.is_available():
         raise ModelError(f"optim: {config.optim} pages between a GPU and its host; without a GPU use adamw_8bit")
     check_quantisation(config.quantisation)
+    if config.on_out_of_memory == "adapt" and world_size() > 1:
+        raise UsageError(
+            f"on_out_of_memory: adapt works with one process, this run has {world_size()}: processes that cut "
+            "their batches differently would wait for each other; set on_out_of_memory: error"
+        )
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ModelError("attn_implementation: flash_attention_2 needs flash-attn, which is not installed; use sdpa")
+    if config.torch_compile:
+        check_compiler()
 
 
 def check_base(architecture: Any, vocabulary: int, context_length: int) -> None:
