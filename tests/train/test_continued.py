@@ -13,7 +13,7 @@ from loradock_testing.rows import WriteRows
 from loradock_testing.tiny_models import make_llama
 from loradock_train import train
 from loradock_train.config_file import config_from
-from loradock_train.errors import ConfigError, ModelError, ResumeError
+from loradock_train.errors import ConfigError, ModelError, ProofError, ResumeError
 from loradock_train.run import Run
 
 ROWS = [{"prompt": f"say {word}", "completion": f" {word}"} for word in ("red", "blue", "green", "grey")]
@@ -58,6 +58,26 @@ def test_training_goes_on_where_the_adapter_ended(
     assert before.keys() == after.keys()
     assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-4
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert "adapter_path" not in first.summary["proof"]
+    assert 0 < again.summary["proof"]["adapter_path"] < 1e-2 < again.summary["proof"]["base"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "dtype", "reason"),
+    [
+        (1e-30, "float32", "raise learning_rate or the number of steps"),
+        (1e-9, "bfloat16", "what it learnt is less than bfloat16 can hold: save_dtype: float32, or more"),
+    ],
+)
+def test_continued_run_that_changed_nothing_fails_and_leaves_no_checkpoint(
+    base: Path, tmp_path: Path, write_rows: WriteRows, rate: float, dtype: str, reason: str
+) -> None:
+    start = train(options(base, write_rows, lora_config=LORA, save_dtype=dtype), output=tmp_path / "start")
+    values = options(base, write_rows, adapter_path=str(start.directory), learning_rate=rate, save_dtype=dtype)
+    with pytest.raises(ProofError, match="exactly like the adapter that it went on from") as caught:
+        train(values, output=tmp_path / "again")
+    assert reason in str(caught.value)
+    assert not (tmp_path / "again" / "checkpoint").exists()
 
 
 def test_keys_that_contradict_the_adapter_are_refused_all_at_once(

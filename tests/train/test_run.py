@@ -317,6 +317,45 @@ def test_training_that_changes_nothing_fails_and_leaves_no_checkpoint(
     assert not [path for path in (tmp_path / "run").iterdir() if path.name.endswith(".tmp")]
 
 
+def lines_of(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        {"max_steps": 4},
+        {"max_steps": None, "num_epochs": 2, "valid_path": "rows.jsonl", "train_batch_size_per_device": 4},
+        {"max_steps": 100, "streaming": True, "num_epochs": 2, "train_batch_size_per_device": 4, "shuffle_buffer": 4},
+        {
+            "max_steps": 100, "valid_path": "rows.jsonl", "eval_steps": 1,
+            "early_stopping": {"patience": 3, "min_delta": 1e3},
+        },
+    ],
+    ids=["steps", "epochs", "stream", "early"],
+)  # fmt: skip
+def test_final_loss_is_that_of_the_last_steps_however_they_end(
+    base: Path, tmp_path: Path, write_rows: WriteRows, ends: dict[str, Any]
+) -> None:
+    data = write_rows("rows.jsonl", ROWS)
+    chosen = {key: str(data) if key == "valid_path" else value for key, value in ends.items()}
+    runs = [
+        train(
+            options(base, data, lora_config={"r": 2}, **{**chosen, "logging_steps": every}),
+            output=tmp_path / str(every),
+        )
+        for every in (1, 10)
+    ]
+    each, last = ([line for line in lines_of(run.directory) if "loss" in line] for run in runs)
+    assert [line["step"] for line in each] == [1, 2, 3, 4]
+    assert [line["step"] for line in last] == [1, 4]
+    assert last[1]["loss"] == pytest.approx(sum(line["loss"] for line in each[1:]) / 3, rel=1e-6)
+    assert runs[1].final_train_loss == last[1]["loss"]
+    assert last[1]["learning_rate"] == each[3]["learning_rate"]
+    evaluated = [[line["step"] for line in lines_of(run.directory) if "eval_loss" in line] for run in runs]
+    assert evaluated[0] == evaluated[1] == sorted(set(evaluated[0]))  # none twice
+
+
 def test_run_that_is_there_is_not_replaced_unless_asked(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:
     lora = options(base, write_rows("r.jsonl", ROWS), lora_config={"r": 2})
     first = train(lora, output=tmp_path / "run")
@@ -324,8 +363,7 @@ def test_run_that_is_there_is_not_replaced_unless_asked(base: Path, tmp_path: Pa
         train(lora, output=tmp_path / "run")
     second = train({**lora, "lora_config": {"r": 4}}, output=tmp_path / "run", overwrite=True)
     assert second.summary["parameters"]["trainable"] == 2 * first.summary["parameters"]["trainable"]
-    lines = (second.directory / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 1 + 0, "the first run's lines are gone"
+    assert [line["step"] for line in lines_of(second.directory)] == [1, 3], "the first run's lines are gone"
 
 
 def test_folder_of_other_things_is_left_alone(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:

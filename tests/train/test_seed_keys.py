@@ -171,6 +171,71 @@ def test_key_that_cannot_be_read_is_named_as_it_stands(folder: Path, values: dic
     assert refused(folder, **values) == [problem]
 
 
+@pytest.mark.parametrize(
+    ("values", "best_by", "notice"),
+    [
+        ({}, "eval_loss", "load_best_model_at_end: true is read as best_by: eval_loss"),
+        (
+            {"metric_for_best_model": "eval_loss", "greater_is_better": False}, "eval_loss",
+            "load_best_model_at_end: true and metric_for_best_model: eval_loss is read as best_by: eval_loss",
+        ),
+        (
+            {"metric_for_best_model": "rouge_l", "greater_is_better": True, "task": {"kind": "summarisation"}},
+            "rougeL",
+            "load_best_model_at_end: true and metric_for_best_model: rouge_l is read as best_by: rougeL",
+        ),
+        ({"best_by": "eval_loss"}, "eval_loss", "load_best_model_at_end: true is what best_by: eval_loss says"),
+    ],
+)  # fmt: skip
+def test_best_model_of_other_trainers_is_read_as_best_by(
+    folder: Path, values: dict[str, Any], best_by: str, notice: str
+) -> None:
+    config, notices = read(folder, load_best_model_at_end=True, valid_path="rows.jsonl", **values)
+    assert config.best_by == best_by
+    assert notice in notices
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (
+            {"metric_for_best_model": "f1"},
+            "metric_for_best_model: f1 is no metric of best_by (eval_loss, accuracy, macro_f1, rougeL, rouge1, rouge2, "
+            "exact_match, token_f1); give best_by instead",
+        ),
+        (
+            {"metric_for_best_model": "accuracy"},
+            "metric_for_best_model: best_by accuracy: this run has eval_loss; task: gives more",
+        ),
+        ({"greater_is_better": True}, "greater_is_better: true, but of loss less is better; remove this key"),
+        (
+            {"metric_for_best_model": "loss", "best_by": "accuracy"},
+            "metric_for_best_model: read as best_by: eval_loss, beside best_by: accuracy; remove one of the two",
+        ),
+        (
+            {"valid_path": None},
+            "load_best_model_at_end: true, but no valid_path: the best weights are those of a validation; give it",
+        ),
+        ({"load_best_model_at_end": "yes please"}, "load_best_model_at_end: must be true or false, got 'yes please'"),
+    ],
+)
+def test_best_model_that_cannot_be_said_in_our_words_is_a_problem(
+    folder: Path, values: dict[str, Any], problem: str
+) -> None:
+    told = refused(folder, **{"load_best_model_at_end": True, "valid_path": "rows.jsonl", **values})
+    assert problem in told
+
+
+def test_metric_of_the_best_model_without_its_switch_is_told(folder: Path) -> None:
+    config, notices = read(
+        folder, load_best_model_at_end=False, metric_for_best_model="f1", greater_is_better=True
+    )  # fmt: skip
+    assert config.best_by is None
+    assert [notice.partition(":")[0] for notice in notices] == [
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    ]  # fmt: skip
+
+
 def test_no_old_key_is_one_of_ours() -> None:
     assert not OLD_KEYS & set(TrainConfig.model_fields)
     assert set(RENAMED.values()) <= set(TrainConfig.model_fields)

@@ -28,10 +28,13 @@ def export(
     precision: Precision,
     directory: Path,
     summary: dict[str, Any],
-    logits: tuple[torch.Tensor, torch.Tensor],
+    logits: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor],
 ) -> Proof:
-    """Write the checkpoint, prove it from its files, and only then give it its name."""
-    base_logits, trained_logits = logits
+    """Write the checkpoint, prove it from its files, and only then give it its name.
+
+    logits: of the base, of the adapter that training went on from, and of the trained model.
+    """
+    base_logits, began_logits, trained_logits = logits
     if config.has_head and isinstance(model, PeftModel):
         # No served base has the head, so an adapter of it has nothing to be hot-swapped on: the merged model is served.
         model = cast(Any, model).merge_and_unload()
@@ -55,6 +58,7 @@ def export(
                 config.kind,
                 next(inner_model(model).parameters()).dtype,
                 data.probe_pixels.keys(),
+                began_logits,
             )
         )
         write_passport(temporary, make_passport(config, tokenizer, data.splits["train"].sha256, summary, proofs[0]))

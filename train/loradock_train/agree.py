@@ -22,19 +22,25 @@ class Agreement(TrainerCallback):
 
     def __init__(self, meter: Meter, request: StopRequest) -> None:
         self._meter, self._request = meter, request
+        self.pauses = False
+        """Whether this step is the last one before a resume: it is saved as if the run went on."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self._agree(control)
+        self.pauses = self._request.is_set and control.should_save
+        return control
+
+    def _agree(self, control: TrainerControl) -> None:
         if world_size() == 1:
-            return control
+            return
         mine = (self._meter.unshared_tokens, control.should_save, control.should_training_stop, self._request.is_set)
         everyone = gather_numbers([int(number) for number in mine])
         tokens, saves, stops, requests = (sum(numbers) for numbers in zip(*everyone, strict=True))
         self._meter.share(tokens)
         self._request.is_set = requests > 0
         control.should_save, control.should_training_stop = saves > 0, stops > 0
-        return control
 
 
 def common_clock(meter: Meter) -> Callable[[], float]:

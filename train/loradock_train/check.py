@@ -26,6 +26,7 @@ from loradock_train.errors import ConfigError, DataError, ModelError, Problem
 from loradock_train.model import EMBEDDING_NAMES, base_config, check_machine
 from loradock_train.parameters import ParameterCount, count_parameters
 from loradock_train.placement import DEFAULT_TARGET, Forecast, Target, foretell
+from loradock_train.remote import local_base
 from loradock_train.rewrite import Change, advise_rank, propose, untie
 from loradock_train.rows import Rows
 from loradock_train.stream import Stream
@@ -103,6 +104,8 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target = DEFA
     except ModelError as error:
         report.problems.append(Problem("machine", str(error)))
     try:
+        config, copied = local_base(config)
+        report.notices.extend(copied)
         rows, stream = open_rows(config)
         tokenizer = make_tokenizer(config, rows)
         architecture = base_config(config) if config.model_id is not None else None

@@ -19,6 +19,7 @@ from loradock_train.config_sections import LoraOptions, Names, Paths, Section, T
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_sweep import SweepEntry
 from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
+from loradock_train.urls import LOGIN_TOLD, keys_with_login
 
 OPTIMISERS = (
     "adamw_torch_fused",
@@ -271,6 +272,12 @@ class TrainConfig(Section):
     output_dir: str | None = None
     """Where the run is written (`--output` wins). Default: runs/<name of the YAML>, below the working directory. With a
     URL (s3://…) it is written there by default, too, and copied to the URL when it is finished."""
+
+    @model_validator(mode="after")
+    def _holds_no_login(self) -> Self:
+        for keys in keys_with_login(self.model_dump()):
+            raise ValueError(f"{'.'.join(keys)}: {LOGIN_TOLD}")
+        return self
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

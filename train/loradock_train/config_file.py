@@ -8,7 +8,7 @@ nothing of training.
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from loradock_train.continued_options import adapter_directory, adapter_options
 from loradock_train.errors import ConfigError, Problem
 from loradock_train.files import is_url
 from loradock_train.seed_keys import translate
+from loradock_train.urls import LOGIN_TOLD, keys_with_login, redacted
 
 Keys = tuple[str, ...]
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -66,6 +67,8 @@ def config_from(
 ) -> tuple[TrainConfig, list[str]]:
     """Validate a mapping with the YAML's keys. `folder` is what relative paths are relative to."""
     lines = lines if lines is not None else {}
+    if logins := [Problem(_where(keys, lines, {}), LOGIN_TOLD) for keys in keys_with_login(values)]:
+        raise ConfigError(f"{source} holds a login:", logins)
     translated = translate(_with_deepspeed_file(values, folder, lines))
     problems = [Problem(_where((key,), lines, {}), told) for key, told in translated.problems.items()]
     config: TrainConfig | None = None
@@ -116,11 +119,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
     """Set one dotted key. `--set lora_config=null` removes a section."""
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
-        raise UsageError(f"--set {override!r}: expected key=value, for example --set lora_config.r=16")
+        raise UsageError(f"--set {redacted(override)!r}: expected key=value, for example --set lora_config.r=16")
     try:
         value = parse_value(text)
     except ValueError as error:
-        raise UsageError(f"--set {name}: {error}") from error
+        raise UsageError(f"--set {name}: {redacted(str(error))}") from None
     *sections, last = name.strip().split(".")
     target = values
     for section in sections:
@@ -128,7 +131,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = target[section] = {}
         if not isinstance(inner, dict):
-            raise UsageError(f"--set {name}: {section} is {inner!r}, not a section")
+            raise UsageError(f"--set {name}: {section} is {redacted(repr(inner))}, not a section")
         target = inner
     target[last] = value
 
@@ -142,7 +145,7 @@ def _problems(error: ValidationError, lines: Mapping[Keys, int], origins: Mappin
     for detail in error.errors(include_url=False):
         keys = _key_path(detail["loc"])
         message = _message(detail, keys)
-        keys = keys or _key_in(message, lines)
+        keys = keys or _key_in(message, {*lines, *((key,) for key in origins)})
         message = message.removeprefix(f"{'.'.join(keys)}: ")
         told = messages.setdefault(keys, [])
         if message not in told:
@@ -160,9 +163,9 @@ def _where(keys: Keys, lines: Mapping[Keys, int], origins: Mapping[str, str]) ->
     return f"line {line}, {where}" if line is not None else where
 
 
-def _key_in(message: str, lines: Mapping[Keys, int]) -> Keys:
+def _key_in(message: str, there: Container[Keys]) -> Keys:
     """Of a problem between keys: the first that the message names and the file has."""
-    return next(((word,) for word in re.findall(r"\w+", message) if (word,) in lines), ())
+    return next(((word,) for word in re.findall(r"\w+", message) if (word,) in there), ())
 
 
 def _key_path(location: Sequence[str | int]) -> Keys:

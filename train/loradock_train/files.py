@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from loradock_adapters.errors import LoradockError
 from loradock_train.errors import DataError, Problem
+from loradock_train.urls import missing_told, open_system, redacted
 
 KINDS = (".jsonl", ".txt")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -51,9 +53,12 @@ class DataFile:
     def open_raw(self) -> Iterator[BinaryIO]:
         """Its bytes as they lie."""
         if is_url(self.name):
-            filesystem, path = _filesystem(self.name)
-            with filesystem.open(path, "rb") as file:
-                yield cast(BinaryIO, io.BufferedReader(file, CHUNK_BYTES))  # fsspec's own readline takes no limit
+            with _told(self.name):
+                filesystem, path = open_system(self.name)
+                file = filesystem.open(path, "rb")
+            with file:
+                # fsspec's own readline takes no limit
+                yield cast(BinaryIO, io.BufferedReader(_RemoteFile(file, self.name), CHUNK_BYTES))
         else:
             with Path(self.name).open("rb") as file:
                 yield file
@@ -85,6 +90,52 @@ class DataFile:
             head = raw.read(HASHED_WHOLE_BYTES)
             raw.seek(self.size_bytes - HASHED_WHOLE_BYTES)
             return hashlib.sha256(str(self.size_bytes).encode() + head + raw.read()).hexdigest()
+
+
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec, whose errors name it."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _told(self._name):
+            return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def readinto(self, target: Any) -> int:
+        with _told(self._name):
+            found = self._file.read(len(target))
+        target[: len(found)] = found
+        return len(found)
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Errors of a driver as ours, without a login in them; drivers raise what their libraries do."""
+    try:
+        yield
+    except LoradockError:
+        raise
+    except Exception as error:  # noqa: BLE001 (as said above)
+        raise DataError("the data cannot be read:", [Problem(url, _reason(url, error))]) from None
+
+
+def _reason(url: str, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, ImportError | ValueError) and is_url(url):
+        return missing_told(url, error)
+    text = redacted(str(error).strip())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 class Decompressor(io.RawIOBase):
@@ -165,10 +216,10 @@ def data_files(paths: Sequence[str], key: str) -> list[DataFile]:
     for name in paths:
         try:
             found = _remote(name) if is_url(name) else _local(Path(name))
-        except (OSError, ValueError, ImportError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise DataError(f"{key} cannot be read:", [Problem(name, "no such file")]) from error
-            raise DataError(f"{key} cannot be read:", [Problem(name, f"{type(error).__name__}: {error}")]) from error
+        except Exception as error:
+            if not is_url(name) and not isinstance(error, OSError | ValueError):
+                raise  # drivers raise what their libraries do; nobody else here does
+            raise DataError(f"{key} cannot be read:", [Problem(name, _reason(name, error))]) from None
         if found is None:
             raise DataError(f"{key} cannot be read:", [Problem(name, f"expected {EXPECTED}")])
         if not found:
@@ -186,15 +237,8 @@ def _local(path: Path) -> list[DataFile] | None:
 
 
 def _remote(url: str) -> list[DataFile] | None:
-    filesystem, path = _filesystem(url)
+    filesystem, path = open_system(url)
     if filesystem.isdir(path):
         inside = sorted(name for name in filesystem.find(path) if name.endswith(ENDINGS))
         return [DataFile(filesystem.unstrip_protocol(name), int(filesystem.size(name))) for name in inside]
     return [DataFile(url, int(filesystem.size(path)))] if path.endswith(ENDINGS) else None
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec  # type: ignore[import-untyped]
-
-    found: tuple[Any, str] = fsspec.url_to_fs(url)
-    return found

@@ -112,7 +112,9 @@ def fit(
             steps = trainer.state.global_step
             if request.is_set and trainer.last_save is not None and trainer.last_save[0] == steps:
                 raise RunStopped(*trainer.last_save)
-            if data.valid is not None and not (reporter.history and "eval_loss" in reporter.history[-1]):
+            if data.valid is not None and not any(
+                "eval_loss" in line and line["step"] == steps for line in reporter.history
+            ):
                 trainer.evaluate()
         finally:
             reporter.close()

@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 from loradock_train.errors import DataError, Problem
 from loradock_train.rows import Row
 from loradock_train.stream import Read
+from loradock_train.urls import redacted
 
 PREFIX = "hf://datasets/"
 OPTIONS = ("split", "config", "revision")
@@ -64,9 +65,9 @@ def hub_shards(url: str, key: str) -> list[HubShard]:
         raise DataError(f"{key} cannot be read:", [Problem(url, told)])
     try:
         data = _load(parts.path.strip("/"), options)
-    except Exception as error:  # datasets and huggingface_hub raise many kinds, of the network's and their own
-        told = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        raise DataError(f"{key} cannot be read:", [Problem(url, told)]) from error
+    except Exception as error:  # noqa: BLE001 (datasets and huggingface_hub raise many kinds, and the network's)
+        first = redacted(str(error)).strip().splitlines()[:1]
+        raise DataError(f"{key} cannot be read:", [Problem(url, ": ".join([type(error).__name__, *first]))]) from None
     return [HubShard(url, data, index, data.num_shards) for index in range(data.num_shards)]
 
 

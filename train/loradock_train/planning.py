@@ -22,6 +22,7 @@ from loradock_train.model import base_config, check_base, check_machine
 from loradock_train.peak import PeakMeter
 from loradock_train.plan import Plan
 from loradock_train.plan_facts import plan_run
+from loradock_train.remote import local_base
 from loradock_train.rows import read_rows
 from loradock_train.shared import Alone
 from loradock_train.tokenizer import make_tokenizer
@@ -32,7 +33,7 @@ _MB = 1e6
 
 def plan_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     """By arithmetic, and where that fits the device by three real steps. Raises what the run would raise."""
-    config, _ = load_config(path, overrides)
+    config, _ = local_base(load_config(path, overrides)[0])
     set_seed(config.seed)
     if not can_plan(config):
         raise UsageError(f"--plan counts text models on one device, and this config has {', '.join(_beyond(config))}")

@@ -1,7 +1,8 @@
 """Proof that the checkpoint on disk is the model that was trained, and that training changed something.
 
-The next-token logits of a few prompts, four times: base, trained model, checkpoint reloaded from its files. An
-adapter that does nothing is the most common complaint about LoRA serving, and it is found here in seconds.
+The next-token logits of a few prompts, each time: base, adapter that training went on from, trained model, checkpoint
+reloaded from its files. An adapter that does nothing is the most common complaint about LoRA serving, and it is found
+here in seconds.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -42,6 +43,8 @@ class Proof:
     """Of the weights in memory, with which the logits were computed."""
     pictured: frozenset[int] = frozenset()
     """Numbers of the prompts that show an image."""
+    began_difference: float | None = None
+    """From the adapter that training went on from; None where it began with a new one."""
 
     def passport_entry(self) -> Probe:
         """The `probe` of the passport: each prompt's best tokens, by the checkpoint as it is on disk and by its base.
@@ -129,10 +132,12 @@ def prove(
     kind: str,
     computed_in: torch.dtype | None = None,
     pictured: Collection[int] = (),
+    began: Tensor | None = None,
 ) -> Proof:
-    """Raises ProofError when the checkpoint answers unlike the trained model, or exactly like the base.
+    """Raises ProofError when the checkpoint answers unlike the trained model, or exactly like what it was made from.
 
-    `saved`, `computed_in`: types of the weights in the files, and in memory (default: the same).
+    `saved`, `computed_in`: types of the weights in the files, and in memory (default: the same). `began`: answers of
+    the adapter that training went on from.
     """
     if not bool(torch.isfinite(reloaded).all()):
         raise ProofError(
@@ -152,6 +157,7 @@ def prove(
             f"training changed nothing: on {len(prompts)} prompts the {kind} checkpoint answers exactly like its base "
             "(0 difference); raise learning_rate or the number of steps, and check lora_config.target_modules"
         )
+    further = None if began is None else _further(len(prompts), began, trained, reloaded, saved)
     return Proof(
         tuple(tuple(int(token) for token in prompt) for prompt in prompts),
         reloaded,
@@ -161,4 +167,20 @@ def prove(
         str(saved).removeprefix("torch."),
         str(computed_in if computed_in is not None else saved).removeprefix("torch."),
         frozenset(pictured),
+        further,
+    )
+
+
+def _further(num_prompts: int, began: Tensor, trained: Tensor, reloaded: Tensor, saved: torch.dtype) -> float:
+    """How far the checkpoint came from the adapter that training went on from. Raises ProofError for not at all."""
+    change = float((reloaded - began).abs().max())
+    if float((trained - began).abs().max()) == 0.0:
+        why = "raise learning_rate or the number of steps"
+    elif change == 0.0:
+        why = f"what it learnt is less than {str(saved).removeprefix('torch.')} can hold: save_dtype: float32, or more"
+    else:
+        return change
+    raise ProofError(
+        f"training changed nothing: on {num_prompts} prompts the checkpoint answers exactly like the adapter that it "
+        f"went on from, adapter_path (0 difference); {why}"
     )

@@ -1,8 +1,8 @@
 """Models and runs at URLs that fsspec knows (s3://, gs://, memory://, …): a base is copied here before a run, a
 finished run is copied there after it.
 
-Credentials come from the environment, as each file system takes them; they are in no message, and refused in a URL.
-Data files are read where they lie (files.py).
+Credentials come from the environment, as each file system takes them; they are in no message, and a config refuses
+them in a URL (urls.py). Data files are read where they lie (files.py).
 """
 
 import hashlib
@@ -11,16 +11,16 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from loradock_adapters.errors import UsageError
 from loradock_train.config import TrainConfig
 from loradock_train.errors import ModelError, OutputError, TrainError
 from loradock_train.files import is_url
+from loradock_train.urls import missing_told, open_system, redacted
 
 FILES = ("config.yaml", "metrics.jsonl", "loss.png", "checkpoint", "run.json")
 """Of a run, in the order in which they are copied: run.json says that it is complete, and comes last."""
-EXTRAS = {"s3": "pip install 'loradock[s3]'", "gs": "pip install gcsfs", "az": "pip install adlfs"}
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 def has_urls(config: TrainConfig) -> bool:
@@ -28,12 +28,14 @@ def has_urls(config: TrainConfig) -> bool:
     return any(value is not None and is_url(value) for value in (config.model_id, config.output_dir))
 
 
-def local_base(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """The config with a `model_id` that is a URL copied to this machine, and a notice of it. Raises ModelError."""
+def local_base(config: TrainConfig, *, with_weights: bool = True) -> tuple[TrainConfig, list[str]]:
+    """The config with a `model_id` that is a URL copied to this machine, and a notice of it. Without weights: what
+    tokenizer and architecture are made of. Raises ModelError."""
     if config.model_id is None or not is_url(config.model_id):
         return config, []
-    directory = _fetch(config.model_id)
-    told = f"model_id: {config.model_id} was copied to {directory}"
+    directory = _fetch(config.model_id, with_weights)
+    what = "was copied" if with_weights else "was copied, without its weights,"
+    told = f"model_id: {config.model_id} {what} to {directory}"
     return config.model_copy(update={"model_id": str(directory)}), [told]
 
 
@@ -73,7 +75,7 @@ def copy_out(config: TrainConfig, directory: Path) -> None:
         ) from None
 
 
-def _fetch(url: str) -> Path:
+def _fetch(url: str, with_weights: bool) -> Path:
     """A copy of a model's folder, named by what lies there: a changed one gets another name."""
     system, path = _open(url, "model_id")
     try:
@@ -82,6 +84,9 @@ def _fetch(url: str) -> Path:
         digest = hashlib.sha256(repr((url, sizes)).encode()).hexdigest()[:16]
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "loradock" / "models"
         target = cache / f"{path.rstrip('/').rsplit('/', 1)[-1]}-{digest}"
+        if not with_weights and not target.is_dir():
+            target = target.with_name(f"{target.name}-without-weights")
+            rows = {name: row for name, row in rows.items() if not name.endswith(WEIGHTS)}
         if rows and not target.is_dir():
             temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
@@ -99,22 +104,17 @@ def _fetch(url: str) -> Path:
 
 
 def _open(url: str, key: str) -> tuple[Any, str]:
-    parts = urlsplit(url)
-    if parts.username or parts.password:
-        raise UsageError(f"{key}: a URL with a login in it would stand in files of the run; give it by the environment")
     try:
-        import fsspec  # type: ignore[import-untyped]
-
-        system, path = fsspec.url_to_fs(url)
+        system, path = open_system(url)
     except (ImportError, ValueError) as error:
-        fix = EXTRAS.get(parts.scheme, "its package for fsspec is to be installed")
-        raise UsageError(f"{key}: {url}: nothing installed reads {parts.scheme}:// ({fix})") from error
-    return system, str(path).rstrip("/")
+        raise UsageError(f"{key}: {url}: {missing_told(url, error)}") from error
+    return system, path.rstrip("/")
 
 
 def check_local(output: str | Path) -> None:
     """`--output` is where the run lives while it lasts. Raises UsageError for a URL (of which a Path lost a slash)."""
     if re.match(r"[a-z][a-z0-9+]+:/", str(output)):
         raise UsageError(
-            f"--output {output}: a run is written to this machine; give the URL as output_dir: it is copied"
+            f"--output {redacted(str(output))}: a run is written to this machine; "
+            "give the URL as output_dir: it is copied"
         )

@@ -234,6 +234,7 @@ def _train_here(
     plan, memory = plan_for_run(config, tokenizer, data), PeakMeter.start()
     notices.extend(warnings_of(plan))
     precision, model, base_logits = prepare_model(config, architecture, tokenizer, data, shared)
+    began = None if config.adapter_path is None else probe_logits(model, data.probes, data.probe_pixels)
     if config.has_head:
         notices.append("a classification head: it will be served by a dedicated engine, through POST /classify")
     else:
@@ -271,7 +272,9 @@ def _train_here(
         if judge is not None:
             judge.score(model, directory, "after")
             summary.update({key: value for key, value in judge.summary().items() if key not in summary})
-        proof = export(config, model, tokenizer, data, precision, directory, summary, (base_logits, trained_logits))
+        proof = export(
+            config, model, tokenizer, data, precision, directory, summary, (base_logits, began, trained_logits)
+        )
         write_scores(outcome.scored, data.scorer, directory)
         plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
         summary["data_sha256"] = {key: rows.sha256 for key, rows in data.splits.items()}
@@ -310,6 +313,8 @@ def _finish(
 ) -> Run:
     """Say in run.json what became of it; only then are its saves of no use."""
     differences = {"reloaded": proof.reloaded_difference, "base": proof.base_difference}
+    if proof.began_difference is not None:
+        differences["adapter_path"] = proof.began_difference
     summary["proof"] = differences | {"prompts": len(proof.prompts)}
     summary["checkpoint_bytes"] = sum(file.stat().st_size for file in (directory / "checkpoint").iterdir())
     summary["total_seconds"] = round(time.monotonic() - started_s, 2)

@@ -27,8 +27,6 @@ UNUSED = {
     "overwrite_output_dir": "to replace a run, give --overwrite on the command line",
     "remove_unused_columns": "rows are read by our own rules, which name what is wrong with them",
     "use_cache": "training never keeps a cache of keys and values",
-    "load_best_model_at_end": "the weights that are exported are chosen by best_by",
-    "greater_is_better": "every metric that best_by knows says itself which way is better",
     "save_safetensors": "weights are never saved in another way",
     "ddp_find_unused_parameters": "what is trained is known before training starts",
 }
@@ -43,7 +41,24 @@ SPECIAL = (
     "save_strategy",
     "gradient_checkpointing_kwargs",
     "deepspeed",
+    "load_best_model_at_end",
+    "metric_for_best_model",
+    "greater_is_better",
 )
+BEST_BY = {
+    "loss": "eval_loss",
+    "perplexity": "eval_loss",
+    "accuracy": "accuracy",
+    "macro_f1": "macro_f1",
+    "f1_macro": "macro_f1",
+    "rougel": "rougeL",
+    "rouge_l": "rougeL",
+    "rouge1": "rouge1",
+    "rouge2": "rouge2",
+    "exact_match": "exact_match",
+    "token_f1": "token_f1",
+}
+"""By the metric's name there, in small letters and without eval_. A bare f1 may be macro_f1 or token_f1."""
 BOOLEANS = frozenset({"flash_attention_2", "fp16", "bf16"})
 OLD_KEYS = frozenset({*RENAMED, *UNUSED, *SPECIAL})
 
@@ -204,6 +219,46 @@ def _deepspeed(done: Translation) -> None:
         done.move("deepspeed", "fsdp", fsdp, told)
 
 
+def _best_model(done: Translation) -> None:
+    """Which weights are exported: there a switch and a metric, here best_by alone."""
+    switch, metric_key, direction = "load_best_model_at_end", "metric_for_best_model", "greater_is_better"
+    wanted, metric, is_high = (done.values.get(key) for key in (switch, metric_key, direction))
+    if switch in done.values and not isinstance(wanted, bool):
+        done.problems[switch] = f"must be true or false, got {wanted!r}"
+    if wanted is not True:
+        if wanted is False:
+            done.drop(switch, "the last step's weights are exported where no best_by is given")
+        for key in (metric_key, direction):
+            if key in done.values and switch not in done.problems:
+                done.drop(key, f"it chooses weights only beside {switch}: true; here best_by does")
+    else:
+        _choose_best(done, switch, metric_key, direction, "loss" if metric is None else str(metric), is_high)
+    for key in (switch, metric_key, direction):
+        done.values.pop(key, None)
+
+
+def _choose_best(done: Translation, switch: str, metric_key: str, direction: str, metric: str, is_high: object) -> None:
+    given, name = done.values.get("best_by"), metric.lower().removeprefix("eval_")
+    best_by = BEST_BY.get(name)
+    words = f"{switch}: true" + (f" and {metric_key}: {metric}" if metric_key in done.values else "")
+    if best_by is None:
+        known = ", ".join(dict.fromkeys(BEST_BY.values()))
+        done.problems[metric_key] = f"{metric} is no metric of best_by ({known}); give best_by instead"
+    elif isinstance(is_high, bool) and is_high == (best_by == "eval_loss"):
+        way = "less" if best_by == "eval_loss" else "more"
+        done.problems[direction] = f"{_shown(is_high)}, but of {metric} {way} is better; remove this key"
+    elif given is not None and given != best_by and metric_key in done.values:
+        done.problems[metric_key] = f"read as best_by: {best_by}, beside best_by: {given}; remove one of the two"
+    elif given is not None:
+        done.notices.append(f"{words} is what best_by: {given} says")
+    elif done.values.get("valid_path") is None:
+        done.problems[switch] = "true, but no valid_path: the best weights are those of a validation; give it"
+    else:
+        done.values["best_by"] = best_by
+        done.origins["best_by"] = metric_key if metric_key in done.values else switch
+        done.notices.append(f"{words} is read as best_by: {best_by}")
+
+
 def _padding(done: Translation) -> None:
     if done.values.get("padding") == "longest":
         done.notices.append("padding: longest is what happens anyway: a batch is as wide as its longest row")
@@ -238,6 +293,7 @@ _RULES: tuple[Callable[[Translation], None], ...] = (
     _strategies,
     _initial_base,
     _deepspeed,
+    _best_model,
     _padding,
     _resources,
     _checkpointing,

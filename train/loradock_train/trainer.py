@@ -79,7 +79,7 @@ class LoradockTrainer(Trainer):
         self.last_save: tuple[int, Path] | None = None
         """Step and directory."""
         self._rate, self._order, self._steps_per_epoch = rate, order, steps_per_epoch
-        self._reporter, self._write = reporter, write
+        self._reporter, self._agreement, self._write = reporter, agreement, write
         self.feed = feed
         """Of a stream, instead of order and train_dataset."""
         self.may_cut = False
@@ -253,6 +253,17 @@ class LoradockTrainer(Trainer):
             self.notices.append(text)
             self.show(f"note: {text}")
             return losses[-1]
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The last steps' loss is logged, too, wherever they end between two logs; but not where the run is to go on:
+        its lines are those of a run left alone."""
+        was_over = self.control.should_training_stop
+        if was_over and not self._agreement.pauses:
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.control.should_training_stop and not was_over:  # by a validation: early_stopping
+            self.control.should_log = True
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def padded_share(self) -> float:
         """Of all that the model computed in this process, what was padding."""

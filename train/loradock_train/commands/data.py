@@ -42,10 +42,13 @@ def data(
     from loradock_train.before import open_rows
     from loradock_train.doctor import examine
     from loradock_train.model import base_config
+    from loradock_train.remote import local_base
     from loradock_train.rows import read_rows
     from loradock_train.tokenizer import make_tokenizer
     from loradock_train.vision import make_encoder, make_processor
 
+    loaded, copied = local_base(loaded, with_weights=False)
+    notices.extend(copied)
     rows_of_training, stream = open_rows(loaded)
     if stream is not None:
         notices.append(f"a stream: what follows is its first block, {len(rows_of_training.rows):,} rows")
