@@ -225,9 +225,22 @@ def test_early_stopping_ends_the_run_and_exports_the_best(overfit: Callable[...,
     assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(stopped).items())
 
 
-def test_best_by_a_metric_of_the_task_is_the_score_of_the_export(overfit: Callable[..., Run]) -> None:
-    run = overfit("run", task={"kind": "classification", "labels": LABELS}, best_by="macro_f1")
+def test_best_by_a_metric_of_the_task_is_the_score_of_the_export(
+    overfit: Callable[..., Run], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    keys = {"task": {"kind": "classification", "labels": LABELS, "max_rows": 9}, "early_stopping": {"patience": 2}}
+    run = overfit("run", best_by="macro_f1", **keys)
+    printed = capsys.readouterr().err
     values = {line["step"]: line["eval_macro_f1"] for line in metrics(run) if "eval_loss" in line}
     step = max(values, key=values.__getitem__)
     assert run.summary["best"] == {"by": "eval_macro_f1", "step": step, "value": values[step]}
     assert run.summary["task"]["macro_f1"] == values[step]
+    first, score = metrics(run)[2], run.summary["score"]
+    assert f"accuracy {first['eval_accuracy']:.4g}, macro_f1 {first['eval_macro_f1']:.4g}\n" in printed
+    assert f"exported: the weights of step {step}, the best validation (eval_macro_f1 {values[step]:.4g})" in printed
+    told = f"the base {score['base']:.4g}, the best constant answer {score['constant']:.4g}"
+    assert f"score: accuracy {score['value']:.4g} on 9 rows ({told})" in printed
+    stopped = [notice for notice in run.summary["notices"] if notice.startswith("stopped early at step")]
+    assert len(stopped) == 1
+    assert f"note: {stopped[0]}\n" in printed

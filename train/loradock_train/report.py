@@ -84,7 +84,7 @@ def summarise(
         "device": outcome.device,
         "used_own_loss": outcome.used_own_loss,
         "data": {key: asdict(report) for key, report in reports.items()},
-        "notices": [*notices, *outcome.scored.notices],
+        "notices": notices,
         "versions": versions(),
         **outcome.scored.summary,
     }

@@ -16,6 +16,27 @@ def perplexity_of(loss: float | None) -> float | None:
 
 def result_lines(config: TrainConfig, summary: Mapping[str, Any]) -> list[str]:
     """What the run came to, beside what was expected. `summary` is that of run.json."""
+    return [*_best_line(summary), *_score_line(summary), *_loss_lines(config, summary)]
+
+
+def _best_line(summary: Mapping[str, Any]) -> list[str]:
+    best = summary.get("best")
+    if best is None:
+        return []
+    return [f"exported: the weights of step {best['step']}, the best validation ({best['by']} {best['value']:.4g})"]
+
+
+def _score_line(summary: Mapping[str, Any]) -> list[str]:
+    """A task's score beside those of the base and of the best constant answer."""
+    score, task = summary.get("score"), summary.get("task")
+    if score is None or task is None:
+        return []
+    others = [("the base", score.get("base")), ("the best constant answer", score.get("constant"))]
+    beside = ", ".join(f"{name} {value:.4g}" for name, value in others if value is not None)
+    return [f"score: {score['metric']} {score['value']:.4g} on {task['rows']} rows{f' ({beside})' if beside else ''}"]
+
+
+def _loss_lines(config: TrainConfig, summary: Mapping[str, Any]) -> list[str]:
     kind, loss = "validation", summary["final_eval_loss"]
     if loss is None:
         kind, loss = "training", summary["final_train_loss"]

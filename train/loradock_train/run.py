@@ -259,10 +259,13 @@ def _train_here(
 
     trained_logits = on_main(lambda: probe_logits(model, data.probes, data.probe_pixels))
     reports = data.reports if outcome.stream_report is None else data.reports | {"train": outcome.stream_report}
+    late = list(outcome.scored.notices)
     if outcome.stream_report is not None:
-        notices.extend(outcome.stream_report.notices("train_path", config.context_length))
-        notices.extend(few_tokens(config, outcome.stream_report.num_tokens, is_whole=True))
-    notices.extend(outcome.notices)
+        late.extend(outcome.stream_report.notices("train_path", config.context_length))
+        late.extend(few_tokens(config, outcome.stream_report.num_tokens, is_whole=True))
+    for notice in late:
+        console.print(f"note: {notice}", markup=False, highlight=False)
+    notices.extend([*outcome.notices, *late])
     summary = summarise(config, model, reports, precision, outcome, notices)
     if plan is not None:
         summary["plan"] = plan.to_json() | {"measured_bytes": memory.growth_bytes()}

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loradock_train.config import TrainConfig
+from loradock_train.config_task import METRICS
 from loradock_train.model import Precision, has_fast_bf16
 from loradock_train.progress import Reporter
 from loradock_train.results import perplexity_of
@@ -73,7 +74,10 @@ class Watch(TrainerCallback):
     ) -> None:
         if metrics is not None and "eval_loss" in metrics:
             loss = metrics["eval_loss"]
-            self._show(f"step {state.global_step}: validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}")
+            names = METRICS[self._config.task.kind] if self._config.task is not None else ()
+            scores = "".join(f", {name} {metrics[f'eval_{name}']:.4g}" for name in names if f"eval_{name}" in metrics)
+            told = f"validation loss {loss:.4f}, perplexity {perplexity_of(loss):.2f}{scores}"
+            self._show(f"step {state.global_step}: {told}")
 
     def _tell(self, text: str) -> None:
         self.notices.append(text)
