@@ -31,7 +31,7 @@ from loradock_train.plan import (
     with_rows,
 )
 from loradock_train.plan_facts import facts_of
-from loradock_train.planning import plan_of_config, warnings_of
+from loradock_train.planning import plan_lines, plan_of_config, warnings_of
 from loradock_train.rows import read_rows
 from loradock_train.shared import Alone
 from loradock_train.tokenizer import make_tokenizer
@@ -234,6 +234,37 @@ def test_plan_command_prints_and_writes_nothing(base: Path, tmp_path: Path, monk
     assert document["fits"] is True
     assert document["batch"] == {"rows": 8, "tokens": 64}
     assert document["calibrated"]["step_seconds"] > 0
+
+
+def test_plan_of_a_stream_takes_the_widest_batch_and_its_steps_from_max_steps(base: Path, tmp_path: Path) -> None:
+    common = {"padding": "longest", "train_batch_size_per_device": 4, "valid_path": "rows.jsonl", "max_steps": 25}
+    whole = plan_of_config(write_config(tmp_path, base, **common))
+    stream = plan_of_config(write_config(tmp_path, base, **common, streaming=True))
+    assert (whole.facts, stream.facts) != (None, None)
+    assert whole.facts is not None
+    assert stream.facts is not None
+    assert whole.facts.tokens < 64, "the longest row is known"
+    assert (stream.facts.rows, stream.facts.tokens) == (4, 64), "it is not: context_length is the most"
+    assert stream.steps == 25
+    assert stream.eval_batches == 9, "every ceil(25 / 10) steps, as the run itself, a batch of all eight rows"
+    assert stream.measured is not None
+    assert stream.seconds is not None
+    assert stream.seconds >= 25 * stream.measured.step_seconds
+
+
+def test_plan_of_a_stream_without_a_number_of_steps_tells_the_time_of_one(base: Path, tmp_path: Path) -> None:
+    found = plan_of_config(write_config(tmp_path, base, streaming=True, max_steps=None, num_epochs=2))
+    assert (found.steps, found.seconds) == (None, None)
+    assert any("s a step; how many a stream has is not known before it was read" in line for line in plan_lines(found))
+    timed = plan_of_config(write_config(tmp_path, base, streaming=True, max_steps=None, max_time_s=90.0))
+    assert timed.seconds == 90.0
+
+
+def test_run_over_a_stream_records_its_plan(base: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, base, streaming=True, lora_config={"r": 4}, valid_path="rows.jsonl", eval_steps=1)
+    planned = train(config, output=tmp_path / "run").summary["plan"]
+    assert planned["steps"] == 2
+    assert planned["batch"] == {"rows": 16, "tokens": 64}
 
 
 def test_run_records_its_plan_and_what_came_of_it(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:

@@ -37,7 +37,8 @@ def calibrate(
     meter: PeakMeter,
 ) -> Measured:
     """Measure. meter: started before the model was loaded."""
-    width_tokens = config.context_length if config.padding == "max_length" else None
+    # What a stream's longest row is, nobody knows: its batches are taken as wide as they may be.
+    width_tokens = config.context_length if config.padding == "max_length" or config.streaming else None
     collate = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
     batch = _longest(data.train, config.train_batch_size_per_device, collate, model.device)
     inner, was_training = inner_model(model), model.training

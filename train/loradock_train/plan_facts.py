@@ -101,7 +101,7 @@ def facts_of(config: TrainConfig, made: Blueprint, data: RunData) -> Facts | Non
 def largest_batch(config: TrainConfig, data: RunData) -> tuple[int, int]:
     """Rows, and tokens of each with its padding. Of data that is not all known: the most that the config allows."""
     rows, tokens = config.train_batch_size_per_device, config.context_length
-    if not isinstance(data.train, datasets.Dataset):
+    if data.stream is not None or not isinstance(data.train, datasets.Dataset):
         return rows, tokens
     rows = min(rows, len(data.train))
     if config.padding == "max_length":
@@ -112,6 +112,8 @@ def largest_batch(config: TrainConfig, data: RunData) -> tuple[int, int]:
 
 def _lengths(config: TrainConfig, data: RunData) -> tuple[int | None, int]:
     """Steps of the run (None: the clock ends it), and batches of all its validations."""
+    if data.stream is not None:
+        return config.max_steps, _stream_eval_batches(config, data)
     if not isinstance(data.train, datasets.Dataset):
         return config.max_steps, 0
     length = length_of(config, len(data.train), num_devices=1)
@@ -122,3 +124,11 @@ def _lengths(config: TrainConfig, data: RunData) -> tuple[int | None, int]:
     every = config.eval_steps if config.eval_steps is not None else length.steps_per_epoch
     validations = length.max_steps // every + (length.max_steps % every > 0)
     return length.max_steps, validations * math.ceil(len(data.valid) / config.eval_batch_size_per_device)
+
+
+def _stream_eval_batches(config: TrainConfig, data: RunData) -> int:
+    """Of all validations of a run over a stream; 0 where nobody knows how many."""
+    if data.valid is None or config.max_steps is None:
+        return 0
+    every = config.eval_steps if config.eval_steps is not None else max(1, math.ceil(config.max_steps / 10))
+    return math.ceil(config.max_steps / every) * math.ceil(len(data.valid) / config.eval_batch_size_per_device)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from loradock_adapters.errors import UsageError
-from loradock_train.before import RunData, load_data, prepare_model
+from loradock_train.before import RunData, load_data, open_rows, prepare_model
 from loradock_train.calibrate import calibrate
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import load_config
@@ -23,7 +23,6 @@ from loradock_train.peak import PeakMeter
 from loradock_train.plan import Plan
 from loradock_train.plan_facts import plan_run
 from loradock_train.remote import local_base
-from loradock_train.rows import read_rows
 from loradock_train.shared import Alone
 from loradock_train.tokenizer import make_tokenizer
 from loradock_train.vision import make_processor
@@ -39,13 +38,13 @@ def plan_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
         raise UsageError(f"--plan counts text models on one device, and this config has {', '.join(_beyond(config))}")
     check_machine(config)
     architecture = None if config.model_id is None else base_config(config)
-    rows = read_rows(config.train_path, config.format, "train_path")
+    rows, stream = open_rows(config)
     tokenizer = make_tokenizer(config, rows)
     if architecture is not None:
         check_base(architecture, len(tokenizer), config.context_length)
     if make_processor(config, architecture, rows, tokenizer) is not None:
         raise UsageError("--plan counts text models, and this base sees images")
-    data = load_data(config, rows, tokenizer)
+    data = load_data(config, rows, tokenizer, stream=stream)
     plan = plan_run(config, tokenizer, data)
     if plan.fits is False:
         return plan
@@ -61,7 +60,6 @@ def plan_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
 def _beyond(config: TrainConfig) -> list[str]:
     """Keys of runs that the counts do not hold for."""
     given = {
-        "streaming": config.streaming,
         "preference": config.preference is not None,
         "task (with a head)": config.has_head,
         "num_devices": config.num_devices > 1,
@@ -129,13 +127,20 @@ def plan_lines(plan: Plan) -> Iterator[str]:
     if plan.available_bytes is not None:
         fits = {True: "it fits", False: "it does NOT fit", None: ""}[plan.fits]
         yield f"  {'free on ' + plan.device:<28} {_size(plan.available_bytes):>12}   {fits}".rstrip()
-    seconds = "not known before a step is timed" if plan.seconds is None else f"about {clock(plan.seconds)}"
-    steps = f" for {plan.steps:,} steps" if plan.steps is not None else ""
-    yield f"time: {seconds}{steps}"
+    yield f"time: {_time_told(plan)}"
     if plan.price is not None:
         yield f"cost: {plan.price:.4g} at {plan.price_per_hour:g} an hour"
     yield f"disk: {_size(plan.disk_bytes)} (a save takes {_size(plan.save_bytes)})"
     yield from warnings_of(plan)
+
+
+def _time_told(plan: Plan) -> str:
+    if plan.seconds is not None:
+        return f"about {clock(plan.seconds)}" + (f" for {plan.steps:,} steps" if plan.steps is not None else "")
+    if plan.measured is not None:
+        step_s = plan.measured.step_seconds
+        return f"about {step_s:.3g} s a step; how many a stream has is not known before it was read (max_steps)"
+    return "not known before a step is timed" + (f" for {plan.steps:,} steps" if plan.steps is not None else "")
 
 
 def compared(plan: Plan, measured_bytes: int) -> str:
