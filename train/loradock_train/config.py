@@ -5,7 +5,6 @@ or models. The keys are those of the LoRA-vs-full template this project grew fro
 of `lora_config` alone decides between LoRA and full-parameter training.
 """
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -14,12 +13,12 @@ from loradock_train.architectures import with_named
 from loradock_train.config_fsdp import FsdpOptions
 from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_quantisation import QuantisationOptions
+from loradock_train.config_rules import require_keys_that_fit
 from loradock_train.config_scratch import Expected, SampleOptions
 from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple, list_as_tuple
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_sweep import SweepEntry
-from loradock_train.config_task import METRICS, EarlyStopping, TaskOptions
-from loradock_train.urls import LOGIN_TOLD, keys_with_login
+from loradock_train.config_task import EarlyStopping, TaskOptions
 
 OPTIMISERS = (
     "adamw_torch_fused",
@@ -274,114 +273,8 @@ class TrainConfig(Section):
     URL (s3://…) it is written there by default, too, and copied to the URL when it is finished."""
 
     @model_validator(mode="after")
-    def _holds_no_login(self) -> Self:
-        for keys in keys_with_login(self.model_dump()):
-            raise ValueError(f"{'.'.join(keys)}: {LOGIN_TOLD}")
-        return self
-
-    @model_validator(mode="after")
-    def _one_start(self) -> Self:
-        if (self.model_id is None) == (self.model is None):
-            raise ValueError("give exactly one of model_id (train an existing model) and model (train from scratch)")
-        return self
-
-    @model_validator(mode="after")
-    def _scratch_fits(self) -> Self:
-        if self.model is not None and self.tokenizer is None:
-            raise ValueError("model (from scratch) needs tokenizer: {train_vocab_size: …} or {path: …}")
-        if self.adapter_path is not None and (self.model is not None or self.has_head):
-            raise ValueError("adapter_path needs model_id, the base that the adapter was trained on, and no new head")
-        if self.model is not None and self.lora_config is not None:
-            raise ValueError(
-                "lora_config needs a trained base: a model from scratch has nothing to adapt; remove one of the two"
-            )
-        if self.model_id is not None and self.tokenizer is not None:
-            raise ValueError(
-                "tokenizer belongs to model (from scratch); with model_id the model's own tokenizer is used"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _trainable_fits(self) -> Self:
-        if self.quantisation is not None and self.lora_config is None:
-            raise ValueError("quantisation keeps a frozen base in few bits: it needs lora_config, an adapter over it")
-        if self.quantisation is not None and (self.has_head or self.is_sharded):
-            other = "a classification head" if self.has_head else "fsdp"
-            raise ValueError(f"quantisation and {other} do not go together; remove one of the two")
-        if self.trainable is None:
-            return self
-        if self.lora_config is not None:
-            raise ValueError(
-                "trainable belongs to full-parameter training; a LoRA run trains its adapter, whose modules are "
-                "lora_config.target_modules (remove one of the two)"
-            )
-        for pattern in self.trainable:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"trainable: {pattern!r} is no regular expression: {error}") from None
-        return self
-
-    @model_validator(mode="after")
-    def _chat_template_is_one(self) -> Self:
-        template = self.chat_template
-        if template is not None and not template.endswith(".jinja") and not re.search(r"\{[{%]", template):
-            raise ValueError(
-                "chat_template is neither a Jinja template ({{ … }}, {% … %}) nor the path of a .jinja file"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _template_has_instruction(self) -> Self:
-        if self.prompt_template is not None and "{instruction}" not in self.prompt_template:
-            raise ValueError("prompt_template must contain {instruction} (and {input} where rows have one)")
-        return self
-
-    @model_validator(mode="after")
-    def _stream_ends(self) -> Self:
-        if not self.streaming:
-            return self
-        if self.num_epochs is None and self.max_steps is None and self.max_time_s is None:
-            raise ValueError(
-                "streaming needs max_steps, max_time_s or num_epochs: how many steps a stream has is not known before "
-                "it was read"
-            )
-        if self.num_epochs is not None and self.num_epochs % 1:
-            raise ValueError(
-                f"num_epochs: {self.num_epochs:g} of a stream: it is read in whole passes; give a whole number, or "
-                "max_steps"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _sweep_shares_a_frozen_base(self) -> Self:
-        if not self.sweep:
-            return self
-        if self.lora_config is None or self.has_head or self.lora_config.bias != "none":
-            raise ValueError(
-                "sweep trains adapters on one frozen base: give lora_config, without bias and without a new head"
-            )
-        if self.streaming or self.num_devices > 1 or self.adapter_path is not None:
-            raise ValueError("sweep goes with neither streaming, num_devices nor adapter_path; remove one of the two")
-        names = [entry.name for entry in self.sweep]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"sweep has names twice: {', '.join(twice)}")
-        return self
-
-    @model_validator(mode="after")
-    def _validation_is_there(self) -> Self:
-        asked = [name for name in ("task", "early_stopping", "best_by") if getattr(self, name) is not None]
-        if asked and self.valid_path is None:
-            raise ValueError(f"{asked[0]} needs valid_path: the rows that are scored")
-        if self.similarity is not None and self.similarity.path is None and self.valid_path is None:
-            raise ValueError("similarity needs similarity.path or valid_path: the rows that are asked")
-        if self.has_head and self.model_id is None:
-            raise ValueError("task.kind sequence_classification puts a head on a trained base: give model_id")
-        if self.has_head and (self.packing or self.streaming):
-            raise ValueError("packing, streaming: a classification head reads one class off each row; remove them")
-        known = ("eval_loss", *(METRICS[self.task.kind] if self.task is not None else ()))
-        if self.best_by is not None and self.best_by not in known:
-            raise ValueError(f"best_by {self.best_by}: this run has {', '.join(known)}; task: gives more")
+    def _keys_fit(self) -> Self:
+        require_keys_that_fit(self)
         return self
 
     @property
@@ -395,18 +288,6 @@ class TrainConfig(Section):
         if self.best_by is not None or self.early_stopping is None:
             return self.best_by
         return self.task.chosen_metric if self.task is not None else "eval_loss"
-
-    @model_validator(mode="after")
-    def _preference_fits(self) -> Self:
-        if self.preference is None:
-            return self
-        if self.model is not None:
-            raise ValueError("preference needs a trained base (model_id): it learns how to answer, not to write")
-        others = ("packing", "task", "early_stopping", "best_by", "streaming", "similarity")
-        odd = [name for name in others if getattr(self, name)]
-        if odd:
-            raise ValueError(f"preference and {', '.join(odd)} do not go together; remove one of the two")
-        return self
 
     @property
     def is_sharded(self) -> bool:
