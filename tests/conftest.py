@@ -4,9 +4,13 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
+from hypothesis import settings
 
 from loradock_testing.needs import POSTGRESQL, missing
 from loradock_testing.postgres import PostgresServer, find_binaries, postgres_server
+
+# No deadlines, as the machine may be busy; the same cases each time, so that a change is refused for its own faults.
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

@@ -114,12 +114,12 @@ def test_hostile_config_is_judged_in_a_moment(tmp_path: Path) -> None:
     tensors = {f"{PREFIX}m.{'x.' * 40}{i}.lora_A.weight": f32(1, 1) for i in range(4000)}
     names = [f"t{i}" for i in range(40_000)]
     patterns = {f"model.{i}": 1 for i in range(20_000)}
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     verdict = verdict_of(write_adapter(tmp_path, tensors, target_modules=names, rank_pattern=patterns, rank=1))
     assert verdict.placement == "rejected"
     write_adapter(tmp_path, tensors, rank_pattern={f"a*{i}": 1 for i in range(201)}, rank=1)
     assert "too_many_patterns" in codes(verdict_of(tmp_path))
-    assert time.perf_counter() - started_s < 10
+    assert time.process_time() - started_s < 10
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def drifted(name: str, wrappers: list[str], nesting: str, adapter_name: str, ins
     return "".join(wrappers) + name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     wrappers=st.lists(st.sampled_from(WRAPPERS), max_size=3),
     nesting=st.sampled_from(["model.", "model.language_model.", "language_model.model.", ""]),
@@ -57,7 +57,7 @@ def test_every_mixture_of_drifts_is_undone_bit_by_bit(
     assert found == {name: raw for name, (_, _, raw) in right.items()}
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.tuples(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9)),
     dtype=st.sampled_from(["F16", "F32", "F64"]),
@@ -91,7 +91,7 @@ def stream(values: np.ndarray, dtype: str) -> TensorStream:
     return TensorStream(dtype, values.shape, lambda size: pieces([raw], size))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=20), st.integers(0, 19)
 )

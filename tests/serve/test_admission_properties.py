@@ -58,7 +58,7 @@ class Traffic:
         self._note(self.world.wait(until - self.world.now))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.integers(2, 4), st.integers(1, 6), st.sampled_from([0.0, 0.5]), st.integers(1, 9))
 def test_anything_may_happen_and_every_event_keeps_the_rules(
     seed: int, slots: int, seats: int, gather_s: float, most_seats: int
@@ -98,7 +98,7 @@ def test_anything_may_happen_and_every_event_keeps_the_rules(
     assert world.policy.wake_at is None or world.policy.wake_at > world.now
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS, st.integers(1, 4), st.integers(2, 8), st.integers(1, 4), st.integers(1, 3), st.floats(0.02, 0.5))
 def test_who_waited_max_wait_s_is_overtaken_no_more(
     seed: int, slots: int, seats: int, most_seats: int, tenants: int, pause_s: float
@@ -137,7 +137,7 @@ def test_who_waited_max_wait_s_is_overtaken_no_more(
     assert not world.queued
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(SEEDS, st.integers(1, 4), st.integers(0, 6))
 def test_lone_adapter_among_steady_traffic_waits_max_wait_s_and_one_service(seed: int, slots: int, others: int) -> None:
     """The starvation that vLLM's own scheduler knows: all slots always busy with other adapters."""
@@ -193,7 +193,7 @@ def backlogged_run(
     return world, history
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SEEDS, st.sampled_from([1, 10, 100]), st.sampled_from([0.5, 1.0, 3.0]))
 def test_two_backlogged_tenants_drift_apart_by_no_more_than_the_bound(seed: int, size: int, weight: float) -> None:
     tokens, weights = {"x": 10, "y": 10 * size}, {"x": 1.0, "y": weight}
@@ -213,7 +213,7 @@ def test_service_follows_the_weights(slots: int, max_wait_s: float) -> None:
     assert max(normalised) <= 1.1 * min(normalised), normalised
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(SEEDS)
 def test_of_one_tenant_adapter_and_priority_the_first_comes_first(seed: int) -> None:
     world = World(Rules(max_wait_s=2.0), slots=2, seats=3)

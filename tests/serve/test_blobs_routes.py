@@ -236,7 +236,7 @@ async def test_published_contents_count_for_nobody_and_refused_ones_are_dropped(
 @pytest.fixture
 async def strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
     """A gateway with small limits and no engine."""
-    uploads = {"max_unpublished_bytes": 2000, "max_unpublished_files": 3, "max_parallel": 1, "stall_s": 0.3}
+    uploads = {"max_unpublished_bytes": 2000, "max_unpublished_files": 3, "max_parallel": 1, "stall_s": 1.5}
     engine = {"url": f"unix://{tmp_path}/nobody"}
     async with serving(tmp_path, monkeypatch, uploads=uploads | {"keep_s": 3600.0}, engine=engine) as running:
         yield running

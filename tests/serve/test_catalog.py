@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -35,16 +34,25 @@ def registry(tmp_path: Path) -> Registry:
     return Registry(f"sqlite:///{tmp_path / 'r.sqlite'}")
 
 
-def test_a_hundred_models_are_listed_and_missed_in_no_time(registry: Registry) -> None:
+def test_mistake_that_is_repeated_costs_one_look_through_all_names(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in range(100):
         publish(registry, f"customer-{number:03}")
     catalog = Catalog(registry, "m", Behaviour())
-    began = time.monotonic()
     assert len(catalog.cards(catalog.current(), "ready", lambda _version: "stored")) == 101
-    for _ in range(200):  # clients repeat their mistakes: only the first costs a look through all names
+    looks: list[Registry] = []
+    models = Registry.models
+
+    def counted(self: Registry) -> list[Version]:
+        looks.append(self)
+        return models(self)
+
+    monkeypatch.setattr(Registry, "models", counted)
+    for _ in range(200):
         with pytest.raises(ModelNotFoundError, match=r"Near names: customer-[0-9]{3}"):
             catalog.resolve("custmer-01")
-    assert time.monotonic() - began < 2
+    assert len(looks) == 1
     registry.close()
 
 
@@ -114,14 +122,14 @@ async def test_flood_of_unknown_names_holds_up_no_known_one(
 
     def slowly(self: Registry) -> list[Version]:
         searching.set()
-        may_end.wait(10)
+        may_end.wait(60)
         return []
 
     monkeypatch.setattr(Registry, "models", slowly)
     flood = [asyncio.create_task(catalog.know(f"unknown-{number}")) for number in range(20)]
     try:
         await asyncio.to_thread(searching.wait, 10)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await catalog.know("a")
     finally:
         may_end.set()

@@ -244,7 +244,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(steps)
 def test_whatever_happens_what_is_needed_is_whole_and_the_rest_goes(happens: list[tuple[object, ...]]) -> None:
     async def run(world: World) -> None:

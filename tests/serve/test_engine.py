@@ -116,7 +116,7 @@ async def test_wait_that_is_too_short_says_what_is_wrong_and_the_start_goes_on(
             await engine.ensure_ready(0.05)
         assert caught.value.retry_after_s == 10
         assert state_of(engine) == "starting"
-        await asyncio.wait_for(engine.stop(), 5)  # in the middle of the pause
+        await asyncio.wait_for(engine.stop(), 30)  # in the middle of the pause
         assert state_of(engine) == "stopped"
 
 
@@ -278,7 +278,7 @@ async def test_attached_engine_that_is_slow_to_answer_holds_nobody_beyond_his_ti
     server = await asyncio.start_unix_server(silent, tmp_path / "deaf.sock")
     engine = AttachedEngine(f"unix://{tmp_path}/deaf.sock")
     waits = [engine.ensure_ready(0.2) for _ in range(10)]
-    results = await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 3)
+    results = await asyncio.wait_for(asyncio.gather(*waits, return_exceptions=True), 30)
     assert all(isinstance(result, EngineUnavailableError) for result in results)
     await engine.stop()
     server.close()

@@ -328,7 +328,7 @@ async def test_closing_without_grace_ends_what_is_in_flight(both: tuple[Peer, Po
         await asking
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(data=st.data(), pieces=st.lists(st.binary(min_size=1, max_size=40), max_size=6), chunks=st.booleans())
 def test_answer_is_the_same_however_the_network_cuts_it(data: st.DataObject, pieces: list[bytes], chunks: bool) -> None:
     whole = chunked(*pieces) if chunks else sized(b"".join(pieces))

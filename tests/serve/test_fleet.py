@@ -55,7 +55,7 @@ async def test_request_that_ends_is_not_held_up_by_another_engines_stop() -> Non
     world.engines["b"].may_stop.clear()
     waiting = asyncio.create_task(world.use(C))
     await settle()
-    await asyncio.wait_for(held.let_go(), 1)
+    await asyncio.wait_for(held.let_go(), 15)
     world.engines["b"].may_stop.set()
     await waiting
 
@@ -99,7 +99,7 @@ async def test_request_cancelled_in_any_phase_frees_its_engine(phase: str) -> No
         await settle()
         assert held.task.cancelled()
     world.prepare = lambda _engine: None
-    await asyncio.wait_for(world.use(C), 1)  # which needs the only room
+    await asyncio.wait_for(world.use(C), 15)  # which needs the only room
     assert all(not entry.in_use for entry in world.fleet._dedicated.values())
 
 
@@ -110,7 +110,7 @@ async def test_waiter_is_woken_when_a_cancelled_request_frees_the_room() -> None
     waiting = asyncio.create_task(world.use(B))
     await settle()
     held.task.cancel()
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, 15)
 
 
 async def test_engine_that_fails_to_start_is_started_afresh_by_the_next_request() -> None:

@@ -257,7 +257,7 @@ async def test_client_that_takes_nothing_any_more_is_let_go(head: str, monkeypat
 
 
 async def test_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean_protocol, "STALLED_S", 0.2)
+    monkeypatch.setattr(lean_protocol, "STALLED_S", 0.8)
     size = 10_000_000
 
     async def large(_receive: Receive, send: Send) -> None:
@@ -272,7 +272,7 @@ async def test_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytes
         got = len(await reader.readuntil(b"\r\n\r\n")) * 0
         while got < size:
             got += len(await reader.readexactly(min(1_000_000, size - got)))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.15)
         assert got == size
         writer.close()
 

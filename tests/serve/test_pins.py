@@ -98,14 +98,14 @@ async def test_pin_loads_then_keeps_a_slot_then_has_the_engine_pin(scene: Scene)
     assert "requests in flight use all slots" in why
     scene.keeper.drained.set()
     await scene.until_called(f"load {digest}", f"keep {digest}", f"pin {digest}")
-    await scene.pins.pin("a", 1)
+    await scene.pins.pin("a", 60)
     assert scene.pins.state_of("a") == ("held", None)
     assert len(scene.calls) == 3, "pinning it twice is pinning it once"
 
 
 async def test_unpin_gives_the_slot_back_and_says_whether_there_was_a_pin(scene: Scene) -> None:
     digest = scene.publish("a", 1)
-    await scene.pins.pin("a", 1)
+    await scene.pins.pin("a", 60)
     scene.calls.clear()
     assert await scene.pins.unpin("a") is True
     await scene.until_called(f"give back {digest}", f"unpin {digest}")
@@ -124,7 +124,7 @@ async def test_unpin_of_what_still_waits_for_its_slot_gives_that_back(scene: Sce
 
 async def test_pin_follows_its_name_to_the_next_version_and_back(scene: Scene) -> None:
     first = scene.publish("a", 1)
-    await scene.pins.pin("a", 1)
+    await scene.pins.pin("a", 60)
     scene.calls.clear()
     second = scene.publish("a", 2)
     new = [f"load {second}", f"keep {second}", f"pin {second}"]
@@ -146,7 +146,7 @@ async def test_change_of_another_gateway_is_noticed(scene: Scene) -> None:
 
 async def test_pins_are_held_by_the_next_start_of_the_engine(scene: Scene) -> None:
     digest = scene.publish("a", 1)
-    await scene.pins.pin("a", 1)
+    await scene.pins.pin("a", 60)
     scene.calls.clear()
     scene.world.base.client.healthy = False
     scene.world.base.suspect()
@@ -158,7 +158,7 @@ async def test_pins_are_held_by_the_next_start_of_the_engine(scene: Scene) -> No
 async def test_pins_survive_the_gateway(registry: Registry) -> None:
     async with running(registry) as before:
         before.publish("a", 1)
-        await before.pins.pin("a", 1)
+        await before.pins.pin("a", 60)
     async with running(registry) as after:
         await until(lambda: after.pins.state_of("a")[0] == "held", "the pin")
     registry.close()
@@ -167,7 +167,7 @@ async def test_pins_survive_the_gateway(registry: Registry) -> None:
 async def test_engine_that_goes_away_while_it_pins_is_asked_again(scene: Scene) -> None:
     scene.publish("a", 1)
     scene.world.base.client.fails = [EngineUnavailableError("went away"), EngineUnavailableError("again")]
-    await scene.pins.pin("a", 5)
+    await scene.pins.pin("a", 60)
     assert scene.pins.state_of("a") == ("held", None)
 
 
@@ -178,7 +178,7 @@ async def test_engine_that_refuses_is_not_asked_again_and_the_reason_is_told(sce
     assert scene.pins.state_of("a") == ("waiting", "no room")
     assert scene.calls[-1] == f"give back {digest}", "others may use the slot"
     calls = len(scene.calls)
-    await scene.pins.pin("a", 5)
+    await scene.pins.pin("a", 60)
     assert scene.pins.state_of("a") == ("held", None), "but by whoever pins again"
     assert len(scene.calls) > calls
 
@@ -186,22 +186,22 @@ async def test_engine_that_refuses_is_not_asked_again_and_the_reason_is_told(sce
 async def test_last_slot_is_nobodys(scene: Scene) -> None:
     for number, name in enumerate("abc"):
         scene.publish(name, number)
-    await scene.pins.pin("a", 1)
-    await scene.pins.pin("b", 1)
+    await scene.pins.pin("a", 60)
+    await scene.pins.pin("b", 60)
     with pytest.raises(PinLimitError) as caught:
-        await scene.pins.pin("c", 1)
+        await scene.pins.pin("c", 60)
     assert str(caught.value).startswith(
         "2 of this server's 3 slots are pinned (a, b), and 2 may be: one must stay free"
     )
-    await scene.pins.pin("b", 1)
+    await scene.pins.pin("b", 60)
     await scene.pins.unpin("a")
-    await scene.pins.pin("c", 1)
+    await scene.pins.pin("c", 60)
 
 
 async def test_pins_over_what_a_smaller_server_can_hold_wait_in_the_order_of_their_making(scene: Scene) -> None:
     for number, name in enumerate("ab"):
         scene.publish(name, number)
-        await scene.pins.pin(name, 1)
+        await scene.pins.pin(name, 60)
     scene.slots = 2
     scene.catalog.changed()
     await until(lambda: scene.pins.state_of("b")[0] == "waiting", "the later pin's end")
@@ -213,7 +213,7 @@ async def test_engine_of_unknown_slots_cannot_pin(scene: Scene) -> None:
     scene.publish("a", 1)
     scene.slots = None
     with pytest.raises(ConflictError, match="How many slots the attached engine has is not known"):
-        await scene.pins.pin("a", 1)
+        await scene.pins.pin("a", 60)
 
 
 async def test_attached_engine_whose_slots_become_known_holds_what_is_pinned(scene: Scene) -> None:
@@ -227,7 +227,7 @@ async def test_attached_engine_whose_slots_become_known_holds_what_is_pinned(sce
 
 async def test_pinned_name_whose_next_version_has_its_own_engine_waits_and_says_so(scene: Scene) -> None:
     scene.publish("a", 1)
-    await scene.pins.pin("a", 1)
+    await scene.pins.pin("a", 60)
     scene.publish("a", 2, DEDICATED)
     await until(lambda: scene.pins.state_of("a")[0] == "waiting", "the pin's end")
     assert scene.pins.state_of("a") == ("waiting", "version 2 has an engine of its own")

@@ -165,13 +165,13 @@ async def test_push_into_a_store_that_does_not_answer_holds_up_nothing_else(
 
     def silent(*_: Any) -> None:
         is_asked.set()
-        may_go_on.wait(10)
+        may_go_on.wait(60)
 
     monkeypatch.setattr(LocalStore, "secure", silent)
     pushing = asyncio.create_task(served.push(write_adapter(tmp_path / "a"), "slow"))
     try:
         await until(is_asked.is_set, "the push at the store")
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             assert await visible(served) == []
     finally:
         may_go_on.set()

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loradock_adapters.engine_rules import LORA_RANKS, ladder_rank
@@ -163,12 +163,9 @@ def test_adapters_over_the_rank_of_their_push_are_told_what_it_would_take() -> N
     )
 
 
-patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-"""The machine that runs the tests may be busy."""
 RANKS = st.lists(st.integers(1, 512), max_size=30)
 
 
-@patient
 @given(
     ranks=RANKS,
     older=st.lists(st.integers(1, 512), max_size=3),
@@ -212,7 +209,6 @@ def test_advice_never_exceeds_memory_and_loses_nothing_that_is_shared(
     assert sizing.advise(known, [(4096, 1024)] * layers, memory) == advice, "the same facts, the same advice"
 
 
-@patient
 @given(ranks=RANKS, asked=st.integers(0, 400), room=st.floats(0.1, 300))
 def test_rank_below_64_is_chosen_only_for_slots_that_traffic_needs(ranks: list[int], asked: int, room: float) -> None:
     sized = advise(*ranks, room=room, asked=asked).sizing

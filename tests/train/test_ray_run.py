@@ -91,7 +91,7 @@ def test_run_that_is_stopped_saves_and_goes_on(cluster: str, config: Path, tmp_p
     words = [
         str(config),
         "--set",
-        "max_steps=4000",
+        "max_steps=100000",
         "--ray",
         cluster,
         "--workers",

@@ -90,7 +90,7 @@ def test_wide_layer_of_odd_ranks_equals_plain_products(dtype: torch.dtype, threa
     assert worst(y, wanted) < FORMATS[dtype]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     slots=st.lists(st.integers(-1, SLOTS - 1), min_size=1, max_size=40),
     ranks=st.lists(st.integers(0, 9), min_size=SLOTS, max_size=SLOTS),
