@@ -1,6 +1,7 @@
 """The command line and environment of engines, as a function of config and machine."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -178,19 +179,23 @@ def test_memory_of_the_smallest_gpu_counts(monkeypatch: pytest.MonkeyPatch, tmp_
     assert engine_command._gpu_memory_bytes() is None
 
 
-def test_float32_adapters_on_a_gpu_are_refused_before_an_engine_starts() -> None:
-    with pytest.raises(ServeConfigError, match=r"engine.dtype: .* float32 .* say bfloat16"):
-        check_adapter_dtype(EngineConfig(dtype="float32"), GPU)
-
-
 @pytest.mark.parametrize(
-    ("machine", "engine"),
+    ("machine", "engine", "is_refused"),
     [
-        (CPU, {"dtype": "float32"}),
-        (GPU, {}),
-        (GPU, {"dtype": "bfloat16", "lora_dtype": "float16"}),
-        (GPU, {"dtype": "float32", "url": "http://elsewhere"}),
+        (GPU, {"dtype": "float32"}, True),
+        (CPU, {"dtype": "float32"}, False),
+        (GPU, {}, False),
+        (GPU, {"dtype": "bfloat16", "lora_dtype": "float16"}, False),
+        (GPU, {"dtype": "float32", "url": "http://elsewhere"}, False),
     ],
 )
-def test_other_dtypes_are_left_to_the_engine(machine: Machine, engine: dict[str, Any]) -> None:
-    check_adapter_dtype(EngineConfig.model_validate(engine), machine)
+def test_float32_adapters_on_a_gpu_alone_are_refused_before_an_engine_starts(
+    machine: Machine, engine: dict[str, Any], is_refused: bool
+) -> None:
+    refusals: list[str] = []
+    try:
+        check_adapter_dtype(EngineConfig.model_validate(engine), machine)
+    except ServeConfigError as error:
+        refusals.append(str(error))
+    assert len(refusals) == is_refused
+    assert all(re.search(r"engine.dtype: .* float32 .* say bfloat16", refusal) for refusal in refusals)

@@ -218,11 +218,13 @@ async def test_engine_of_unknown_slots_cannot_pin(scene: Scene) -> None:
 
 async def test_attached_engine_whose_slots_become_known_holds_what_is_pinned(scene: Scene) -> None:
     scene.slots = None
-    scene.publish("a", 1)
+    digest = scene.publish("a", 1)
     scene.registry.pin("a")
     await until(lambda: scene.pins.state_of("a")[0] == "waiting", "the pin")
+    assert scene.calls == [], "who knows whether there is a slot to keep"
     scene.slots = 3
     await until(lambda: scene.pins.state_of("a")[0] == "held", "the slot")
+    assert scene.calls == [f"load {digest}", f"keep {digest}", f"pin {digest}"]
 
 
 async def test_pinned_name_whose_next_version_has_its_own_engine_waits_and_says_so(scene: Scene) -> None:
@@ -318,12 +320,14 @@ async def test_pin_waits_until_requests_leave_it_a_slot(few: Served) -> None:
 
 
 async def test_pin_moves_with_a_push_and_ends_with_the_name(few: Served, tmp_path: Path) -> None:
-    await few.client.post("/v1/adapters/sql/pin")
+    first = (await few.client.post("/v1/adapters/sql/pin")).json()["digest"]
+    assert (await few.seen())["pinned"] == [first]
     second = (await few.push(write_adapter(tmp_path / "second", seed=9), "sql")).json()["digest"]
 
     async def is_moved() -> bool:
         return bool((await few.seen())["pinned"] == [second])
 
+    assert second != first
     await until(is_moved, "the pin on version 2")
     await few.client.delete("/v1/adapters/sql")
 

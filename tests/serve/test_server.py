@@ -114,6 +114,8 @@ async def test_server_that_is_killed_leaves_no_engine_and_no_socket(tmp_path: Pa
     async with serve(tmp_path) as running:
         await running.until_listening()
         group = await running.engine_group()
+        assert len(group_members(group)) == 2
+        assert len(list((tmp_path / "tmp").glob("loradock-*/*.sock"))) == 1
         running.process.kill()
         await running.process.wait()
         await until(lambda: group_members(group) == [], "the engine's end")
