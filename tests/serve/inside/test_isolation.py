@@ -8,7 +8,6 @@ fail, so that the day vLLM mends its wrapper we know.
 import asyncio
 import math
 from collections.abc import Awaitable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,17 @@ async def test_mixed_traffic_on_ours_is_all_right(engine: VllmServer, world: Wor
         for name, path in world.adapters.items():
             await load(client, name, path)
         models = [BASE, *world.adapters]
-        stream = partial(mixed_stream, client, models, share_cache=share_cache)
+        stream = mixed_stream(client, models, share_cache=share_cache)
         run = f"meanwhile-{share_cache}-"
-        loading = while_loading(stream, lambda name, path: load(client, run + name, path), world.extra, least=10)
+        loading = while_loading(stream, lambda name, path: load(client, run + name, path), world.extra)
 
         (answers, loaded), fullest = await with_fullest_slots(client, loading)
 
         for number in range(loaded):
             await client.post("/loradock/adapters/unload", json={"name": f"{run}extra-{number}"})
+    assert len(answers) == 400
     assert fullest == SLOTS
+    assert loaded >= 10
     require_right(world, answers, {name: name for name in models})
 
 
@@ -82,9 +83,8 @@ async def test_mixed_traffic_on_stock_is_all_right(stock_engine: VllmServer, wor
         for name, path in world.adapters.items():
             await load_stock(client, name, path)
         models = [BASE, *world.adapters]
-        stream = partial(mixed_stream, client, models, share_cache=False)
-        loading = while_loading(stream, lambda name, path: load_stock(client, name, path), world.extra, least=10)
-        answers, _ = await loading
+        stream = mixed_stream(client, models, share_cache=False)
+        answers, _ = await while_loading(stream, lambda name, path: load_stock(client, name, path), world.extra)
     require_right(world, answers, {name: name for name in models})
 
 
