@@ -12,6 +12,8 @@ import torch
 from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.layernorm import RMSNorm
 
+from loradock_serve.inside.one_thread import on_one_thread
+
 VECTOR = 16
 """The compiled operators take rows that are whole vectors of so many values."""
 
@@ -29,9 +31,10 @@ class CompiledRMSNorm(RMSNorm):
             return self.forward_native(x, residual)
         if residual is None:
             out = torch.empty_like(x)
-            torch.ops._C.rms_norm(out, x, self.weight.data, self.variance_epsilon)
+            on_one_thread(x.numel(), torch.ops._C.rms_norm, out, x, self.weight.data, self.variance_epsilon)
             return out
-        torch.ops._C.fused_add_rms_norm(x, residual, self.weight.data, self.variance_epsilon)
+        add_and_norm = torch.ops._C.fused_add_rms_norm
+        on_one_thread(x.numel(), add_and_norm, x, residual, self.weight.data, self.variance_epsilon)
         return x, residual
 
     def _takes(self, x: torch.Tensor) -> bool:

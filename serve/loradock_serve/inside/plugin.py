@@ -1,6 +1,7 @@
 """Loaded by every process of every vLLM in this environment (entry point group `vllm.general_plugins`).
 
-On CPU it makes vLLM use the corrected LoRA wrapper and compiled layer norms; on any other platform it changes nothing.
+On CPU it makes vLLM use the corrected LoRA wrapper, compiled layer norms, and one thread for small norms and
+activations; on any other platform it changes nothing.
 vLLM resolves the wrapper by name, and only when a model is loaded with LoRA. The one touch is
 `Platform.get_punica_wrapper` of the platform in use, which vLLM itself asks for a dotted name.
 """
@@ -25,6 +26,8 @@ def register() -> None:
 
     platform.get_punica_wrapper = classmethod(get_punica_wrapper)  # type: ignore[method-assign, assignment]
 
+    from loradock_serve.inside.cpu_activation import use_small_activations
     from loradock_serve.inside.cpu_norm import use_compiled_norm
 
     use_compiled_norm()
+    use_small_activations()
