@@ -133,6 +133,13 @@ def test_plan_that_does_not_fit_says_what_would() -> None:
     assert len(list(remedies(FULL))) == 5
 
 
+def test_several_processes_hold_a_copy_of_the_gradients_besides() -> None:
+    alone, together = memory_of(FULL), memory_of(replace(FULL, processes=2, eval_rows=4))
+    assert (alone.exchange, together.exchange) == (0, 4000)
+    assert together.training_peak == alone.training_peak + 4000
+    assert together.evaluation_peak == memory_of(replace(FULL, eval_rows=4)).evaluation_peak + 4000
+
+
 def test_hopeless_plan_says_so() -> None:
     assert "take a smaller base" in warnings_of(plan(10))[1]
 
@@ -234,6 +241,27 @@ def test_plan_command_prints_and_writes_nothing(base: Path, tmp_path: Path, monk
     assert document["fits"] is True
     assert document["batch"] == {"rows": 8, "tokens": 64}
     assert document["calibrated"]["step_seconds"] > 0
+
+
+def test_plan_of_several_devices_is_that_of_one_process_with_the_steps_of_all(base: Path, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path, base, max_steps=None, num_epochs=3, train_batch_size_per_device=2, valid_path="rows.jsonl"
+    )
+    alone, pair, four = (
+        plan_of_config(config), plan_of_config(config, ["num_devices=2"]), plan_of_config(config, ["num_devices=2"], 2)
+    )  # fmt: skip
+    assert [found.steps for found in (alone, pair, four)] == [12, 6, 3]
+    assert [found.measured is None for found in (alone, pair, four)] == [False, True, True]
+    assert alone.memory is not None
+    assert pair.memory is not None
+    assert pair.memory.exchange == alone.memory.gradients > 0
+    assert pair.memory.training_peak == alone.memory.training_peak + pair.memory.exchange
+    assert pair.seconds is None
+    lines = list(plan_lines(pair))
+    assert lines[0].startswith("memory of batches of 2 x 64 tokens in each of 2 processes")
+    assert "time: not known: steps of several processes are not tried beforehand (6 of them)" in lines
+    if not torch.cuda.is_available():
+        assert (pair.available_bytes or 0) < 0.7 * (alone.available_bytes or 0), "RAM is shared by both"
 
 
 def test_plan_of_a_stream_takes_the_widest_batch_and_its_steps_from_max_steps(base: Path, tmp_path: Path) -> None:

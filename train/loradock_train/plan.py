@@ -51,6 +51,8 @@ class Facts:
     accumulation: int
     own_loss: bool = True
     """Whether the loss is taken in chunks (loss.py), and not from all logits at once."""
+    processes: int = 1
+    """That train together, each with the whole model (torch's DistributedDataParallel). All here is of one of them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Memory:
     evaluation: int
     training_peak: int
     evaluation_peak: int
+    exchange: int = 0
+    """The copy of the gradients that several processes add up in."""
 
     @property
     def peak_bytes(self) -> int:
@@ -83,7 +87,8 @@ def memory_of(facts: Facts) -> Memory:
         share = facts.eval_rows / facts.rows
         a_layer = facts.kept_bytes / max(1, facts.layers) + 2 * facts.largest_bytes
         evaluation = int(share * a_layer) + logit_bytes(facts, facts.eval_rows * facts.tokens, with_slopes=False)
-    standing = facts.weights_bytes + optimiser
+    exchange = facts.trained_bytes if facts.processes > 1 else 0
+    standing = facts.weights_bytes + optimiser + exchange
     head = facts.vocabulary * facts.width * facts.weight_bytes if facts.trains_head else 0
     # Gradients come as activations go; those of earlier batches of a step, and the head's, are there from the first.
     early = gradients if facts.accumulation > 1 else min(head, gradients)
@@ -96,6 +101,7 @@ def memory_of(facts: Facts) -> Memory:
         evaluation=evaluation,
         training_peak=standing + max(activations + logits + early, gradients),
         evaluation_peak=standing + evaluation if facts.eval_rows else 0,
+        exchange=exchange,
     )
 
 
@@ -253,6 +259,7 @@ class Plan:
             "fits": self.fits,
             "device": self.device,
             "batch": None if self.facts is None else {"rows": self.facts.rows, "tokens": self.facts.tokens},
+            "processes": 1 if self.facts is None else self.facts.processes,
             "steps": self.steps,
             "seconds": self.seconds,
             "save_bytes": self.save_bytes,

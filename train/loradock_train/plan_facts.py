@@ -22,22 +22,23 @@ from loradock_train.model import inner_model
 from loradock_train.peak import available_bytes
 from loradock_train.placement import foretell
 from loradock_train.plan import Facts, Plan, Remedy, memory_of, optimiser_bytes
+from loradock_train.processes import local_world_size
 from loradock_train.schedule import length_of
 
 
-def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Plan:
-    """By arithmetic alone. Raises ModelError as the run itself would."""
+def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, processes: int = 1) -> Plan:
+    """By arithmetic alone. Raises ModelError as the run itself would. processes: of the run, on all machines."""
     made = blueprint(config, tokenizer)
     checkpoint = foretell(made.model, tokenizer, config.model_id, made.precision.saved).checkpoint_bytes
     trained_bytes = sum(p.numel() * p.element_size() for p in made.model.parameters() if p.requires_grad)
-    facts = facts_of(config, made, data)
+    facts = facts_of(config, made, data, processes)
     save_bytes = trained_bytes + (optimiser_bytes(facts) if facts is not None else 2 * trained_bytes)
-    steps, eval_batches = _lengths(config, data)
+    steps, eval_batches = _lengths(config, data, processes)
     plan = Plan(
         memory=None if facts is None else memory_of(facts),
         facts=facts,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        available_bytes=available_bytes(),
+        available_bytes=_available_bytes(max(config.num_devices, local_world_size())),
         steps=steps,
         eval_batches=eval_batches,
         max_time_s=config.max_time_s,
@@ -45,20 +46,28 @@ def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         disk_bytes=checkpoint + save_bytes * (config.keep + 1),
         price_per_hour=config.price_per_hour,
     )
-    return replace(plan, adapter=_as_adapter(config, tokenizer, data)) if plan.fits is False else plan
+    return replace(plan, adapter=_as_adapter(config, tokenizer, data, processes)) if plan.fits is False else plan
 
 
-def _as_adapter(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData) -> Remedy | None:
+def _available_bytes(processes_here: int) -> int | None:
+    """For one process. A GPU is its own; RAM is that of all on this machine."""
+    found = available_bytes()
+    return found if found is None or torch.cuda.is_available() else found // processes_here
+
+
+def _as_adapter(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, processes: int
+) -> Remedy | None:
     """What the run would need as a LoRA run; None where it is one, or has no base to adapt."""
     if config.kind != "full":
         return None
     options = LoraOptions()
     smaller = config.model_copy(update={"lora_config": options, "trainable": None})
-    facts = facts_of(smaller, blueprint(smaller, tokenizer), data)
+    facts = facts_of(smaller, blueprint(smaller, tokenizer), data, processes)
     return None if facts is None else Remedy(f"lora_config: {{r: {options.r}}}", memory_of(facts).peak_bytes)
 
 
-def facts_of(config: TrainConfig, made: Blueprint, data: RunData) -> Facts | None:
+def facts_of(config: TrainConfig, made: Blueprint, data: RunData, processes: int = 1) -> Facts | None:
     """The counts; None where the activations cannot be counted. The blueprint's types are those of the arithmetic
     afterwards."""
     model, precision = made.model, made.precision
@@ -95,6 +104,7 @@ def facts_of(config: TrainConfig, made: Blueprint, data: RunData) -> Facts | Non
         adapts_head=isinstance(head, LoraLayer),
         checkpointing=config.gradient_checkpointing,
         accumulation=config.gradient_accumulation_steps,
+        processes=processes,
     )
 
 
@@ -110,25 +120,26 @@ def largest_batch(config: TrainConfig, data: RunData) -> tuple[int, int]:
     return rows, math.ceil(longest / PAD_TO_MULTIPLE) * PAD_TO_MULTIPLE
 
 
-def _lengths(config: TrainConfig, data: RunData) -> tuple[int | None, int]:
-    """Steps of the run (None: the clock ends it), and batches of all its validations."""
+def _lengths(config: TrainConfig, data: RunData, processes: int) -> tuple[int | None, int]:
+    """Steps of the run (None: the clock ends it), and batches of all its validations in one process."""
     if data.stream is not None:
-        return config.max_steps, _stream_eval_batches(config, data)
+        return config.max_steps, _stream_eval_batches(config, data, processes)
     if not isinstance(data.train, datasets.Dataset):
         return config.max_steps, 0
-    length = length_of(config, len(data.train), num_devices=1)
+    length = length_of(config, len(data.train), num_devices=processes)
     if length.is_clock_bound:
         return None, 0
     if data.valid is None:
         return length.max_steps, 0
     every = config.eval_steps if config.eval_steps is not None else length.steps_per_epoch
     validations = length.max_steps // every + (length.max_steps % every > 0)
-    return length.max_steps, validations * math.ceil(len(data.valid) / config.eval_batch_size_per_device)
+    return length.max_steps, validations * math.ceil(len(data.valid) / (config.eval_batch_size_per_device * processes))
 
 
-def _stream_eval_batches(config: TrainConfig, data: RunData) -> int:
+def _stream_eval_batches(config: TrainConfig, data: RunData, processes: int) -> int:
     """Of all validations of a run over a stream; 0 where nobody knows how many."""
     if data.valid is None or config.max_steps is None:
         return 0
     every = config.eval_steps if config.eval_steps is not None else max(1, math.ceil(config.max_steps / 10))
-    return math.ceil(config.max_steps / every) * math.ceil(len(data.valid) / config.eval_batch_size_per_device)
+    batches = math.ceil(len(data.valid) / (config.eval_batch_size_per_device * processes))
+    return math.ceil(config.max_steps / every) * batches

@@ -22,6 +22,7 @@ from loradock_train.model import base_config, check_base, check_machine
 from loradock_train.peak import PeakMeter
 from loradock_train.plan import Plan
 from loradock_train.plan_facts import plan_run
+from loradock_train.processes import world_size
 from loradock_train.remote import local_base
 from loradock_train.shared import Alone
 from loradock_train.tokenizer import make_tokenizer
@@ -30,12 +31,15 @@ from loradock_train.vision import make_processor
 _MB = 1e6
 
 
-def plan_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
-    """By arithmetic, and where that fits the device by three real steps. Raises what the run would raise."""
+def plan_of_config(path: str | Path, overrides: Sequence[str] = (), nodes: int = 1) -> Plan:
+    """By arithmetic, and where that fits the device by three real steps; these not for several processes. Raises what
+    the run would raise. nodes: machines, each with the config's num_devices."""
     config, _ = local_base(load_config(path, overrides)[0])
     set_seed(config.seed)
     if not can_plan(config):
-        raise UsageError(f"--plan counts text models on one device, and this config has {', '.join(_beyond(config))}")
+        raise UsageError(
+            f"--plan counts text models that each process holds whole, and this config has {', '.join(_beyond(config))}"
+        )
     check_machine(config)
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = open_rows(config)
@@ -45,8 +49,9 @@ def plan_of_config(path: str | Path, overrides: Sequence[str] = ()) -> Plan:
     if make_processor(config, architecture, rows, tokenizer) is not None:
         raise UsageError("--plan counts text models, and this base sees images")
     data = load_data(config, rows, tokenizer, stream=stream)
-    plan = plan_run(config, tokenizer, data)
-    if plan.fits is False:
+    processes = config.num_devices * nodes
+    plan = plan_run(config, tokenizer, data, processes)
+    if plan.fits is False or processes > 1:
         return plan
     meter = PeakMeter.start()
     precision, model, _ = prepare_model(config, architecture, tokenizer, data, Alone())
@@ -62,7 +67,6 @@ def _beyond(config: TrainConfig) -> list[str]:
     given = {
         "preference": config.preference is not None,
         "task (with a head)": config.has_head,
-        "num_devices": config.num_devices > 1,
         "fsdp or deepspeed": config.is_sharded,
         "sweep": bool(config.sweep),
         "quantisation": config.quantisation is not None,
@@ -81,7 +85,7 @@ def plan_for_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: 
         return None
     try:
         with torch.random.fork_rng(devices=[]):
-            return plan_run(config, tokenizer, data)
+            return plan_run(config, tokenizer, data, world_size())
     except ModelError:
         return None
 
@@ -113,11 +117,13 @@ def plan_lines(plan: Plan) -> Iterator[str]:
             "optimiser": plan.memory.optimiser,
             "activations": plan.memory.activations,
             "logits": plan.memory.logits,
+            **({"exchange of gradients": plan.memory.exchange} if plan.memory.exchange else {}),
             "peak of training": plan.memory.training_peak,
         }
         if plan.memory.evaluation_peak:
             parts["peak of the first validation"] = plan.memory.evaluation_peak
-        yield f"memory of batches of {plan.facts.rows} x {plan.facts.tokens} tokens, by arithmetic:"
+        each = f" in each of {plan.facts.processes} processes" if plan.facts.processes > 1 else ""
+        yield f"memory of batches of {plan.facts.rows} x {plan.facts.tokens} tokens{each}, by arithmetic:"
         for name, amount in parts.items():
             yield f"  {name:<28} {_size(amount):>12}"
     else:
@@ -140,6 +146,9 @@ def _time_told(plan: Plan) -> str:
     if plan.measured is not None:
         step_s = plan.measured.step_seconds
         return f"about {step_s:.3g} s a step; how many a stream has is not known before it was read (max_steps)"
+    if plan.facts is not None and plan.facts.processes > 1:
+        why = "not known: steps of several processes are not tried beforehand"
+        return why + (f" ({plan.steps:,} of them)" if plan.steps is not None else "")
     return "not known before a step is timed" + (f" for {plan.steps:,} steps" if plan.steps is not None else "")
 
 

@@ -38,6 +38,11 @@ def local_rank() -> int:
     return _number("LOCAL_RANK", 0)
 
 
+def local_world_size() -> int:
+    """Processes of this run on this machine; 1 where nobody started several."""
+    return _number("LOCAL_WORLD_SIZE", 1)
+
+
 def is_main() -> bool:
     """Whether this process prints and writes."""
     return rank() == 0

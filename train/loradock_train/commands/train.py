@@ -81,7 +81,11 @@ def train(
     check_push(push, server)
     resolved, notices = load_config(config, overrides)  # a typo is told before the heavy imports
     if plan:
-        _print_plan(config, overrides, as_json)
+        if cluster is not None:
+            raise UsageError(
+                "--plan plans for this machine: for the memory of a worker give --nproc N in place of --ray"
+            )
+        _print_plan(config, overrides, as_json, nodes)
         return
     directory = run_directory(resolved, output, config.stem)
     if resolved.sweep and push is not None:
@@ -151,14 +155,14 @@ def _train_here(
     )
 
 
-def _print_plan(config: Path, overrides: list[str], as_json: bool) -> None:
+def _print_plan(config: Path, overrides: list[str], as_json: bool, nodes: int) -> None:
     from loradock_train.quiet import quieten
 
     quieten()
     from loradock_adapters.console import out, out_json
     from loradock_train.planning import plan_lines, plan_of_config
 
-    planned = plan_of_config(config, overrides)
+    planned = plan_of_config(config, overrides, nodes)
     if as_json:
         out_json(planned.to_json())
         return
