@@ -14,7 +14,7 @@ from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.checkpoint import read_checkpoint, resolve_checkpoint_dir
 from loradock_adapters.errors import LoradockError, NotFoundError
 from loradock_adapters.passport import weights_sha256
-from loradock_serve.errors import ServeConfigError
+from loradock_serve.errors import HubUnreachableError, ServeConfigError
 from loradock_serve.rewrite import Behaviour
 
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model"]
@@ -63,7 +63,10 @@ class WeightsHash:
 
 
 def find_base(base: str, revision: str | None = None) -> ServedBase:
-    """The base at a path or Hub id. Raises ServeConfigError where there is none, or it cannot be read."""
+    """The base at a path or Hub id.
+
+    Raises ServeConfigError where there is none, or it cannot be read; HubUnreachableError where later there may be one.
+    """
     path = Path(base).expanduser()
     try:
         if path.is_dir():
@@ -77,6 +80,8 @@ def find_base(base: str, revision: str | None = None) -> ServedBase:
         identity = BaseIdentity.of(name, directory, with_weights=path.is_dir())
     except NotFoundError as error:
         raise ServeConfigError(f"base {base!r}: {error}") from error
+    except HubUnreachableError as error:
+        raise HubUnreachableError(f"base {base!r}: {error}") from error
     except LoradockError as error:
         raise ServeConfigError(f"base {base!r} cannot be served: {error}") from error
     except OSError as error:
@@ -86,7 +91,7 @@ def find_base(base: str, revision: str | None = None) -> ServedBase:
 
 
 def _fetch_small_files(base: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import is_offline_mode, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -94,7 +99,10 @@ def _fetch_small_files(base: str, revision: str | None) -> Path:
     except HFValidationError:
         raise NotFoundError("neither a directory nor a Hub id (org/name)") from None
     except LocalEntryNotFoundError as error:
-        raise NotFoundError(f"not a directory, and the Hub cannot be reached: {error}{_way_in(error)}") from error
+        way_in = _way_in(error)
+        # What a person has to mend, or has asked for, does not mend itself by trying again.
+        kind = NotFoundError if way_in or is_offline_mode() else HubUnreachableError
+        raise kind(f"not a directory, and the Hub cannot be reached: {error}{way_in}") from error
     except Exception as error:  # what the HTTP library below raises, of proxies too, has no ancestor that we know
         raise NotFoundError(f"not a directory, and the Hub does not give it: {error}{_way_in(error)}") from error
 

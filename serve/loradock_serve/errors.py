@@ -3,6 +3,7 @@
 LoradockError
 ├── UsageError                    exit code 2
 │   └── ServeConfigError          a config file or flag of `loradock serve` is wrong
+├── HubUnreachableError           the base lies on the Hub, which does not answer now; exit code 1: later it may
 └── GatewayError
     ├── BadRequestError           the request itself is wrong
     │   └── WrongTaskError        a classifier is asked for text, or a model of text for classes
@@ -45,6 +46,12 @@ class ServeConfigError(UsageError):
     """The configuration is wrong; the message lists every problem, a line each."""
 
     code = "invalid_config"
+
+
+class HubUnreachableError(LoradockError):
+    """Nothing is wrong with the configuration: whoever starts the server again may find the Hub there."""
+
+    code = "hub_unreachable"
 
 
 class GatewayError(LoradockError):

@@ -13,7 +13,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from loradock_serve import base as base_module
 from loradock_serve.base import find_base
 from loradock_serve.engine_command import EngineCommand
-from loradock_serve.errors import ServeConfigError
+from loradock_serve.errors import HubUnreachableError, ServeConfigError
 from loradock_serve.process import LOG_TAIL_LINES, EngineProcess, explain_status
 from loradock_testing.tiny_checkpoints import write_base
 
@@ -91,7 +91,6 @@ def hub_error(kind: type[Exception]) -> Exception:
             r"cannot be reached: no; accept .*HF_TOKEN",
         ),
         (Failing(hub_error(RepositoryNotFoundError)), r"if it is private, set HF_TOKEN"),
-        (Failing(LocalEntryNotFoundError("offline")), r"the Hub cannot be reached: offline$"),
         (Failing(ValueError("Unknown scheme for proxy URL")), r"does not give it: Unknown scheme for proxy URL$"),
         (Failing(ImportError("Using SOCKS proxy, but …")), r"does not give it: Using SOCKS proxy"),
     ],
@@ -101,6 +100,22 @@ def test_hub_that_does_not_give_the_base_is_explained(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
     with pytest.raises(ServeConfigError, match=expected):
+        find_base("org/model")
+
+
+def test_hub_that_does_not_answer_is_no_fault_of_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 2 tells systemd to leave it: a machine whose network comes up late would stay without a server."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Failing(LocalEntryNotFoundError("no route")))
+    with pytest.raises(HubUnreachableError, match=r"^base 'org/model': .* cannot be reached: no route$") as raised:
+        find_base("org/model")
+    assert (raised.value.exit_code, ServeConfigError.exit_code) == (1, 2)
+
+
+def test_base_that_is_not_in_the_cache_of_an_offline_machine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Failing(LocalEntryNotFoundError("offline mode")))
+    with pytest.raises(ServeConfigError, match=r"the Hub cannot be reached: offline mode$"):
         find_base("org/model")
 
 
