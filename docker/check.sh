@@ -5,7 +5,7 @@
 #   gpu       the GPU Dockerfile builds on a stand-in for vLLM's image (the packages it brings, but no engine): the entry point answers
 #   cpu       the CPU Dockerfile builds on Debian with the Python that is there
 #   run       the CPU image runs as its non-root user in a network of its own (check_run.py): healthy, an adapter pushed by a
-#             light client, answered, the container restarted, the adapter still answered
+#             light client, answered, another container on the same volume, the adapter still answered; trains in it, too
 #
 # Needs root, and about 15 GB for a while. What this machine's pip needs (mirrors, certificates, local wheels) reaches the builds as a mounted
 # pip.conf and read-only mounts, never as a line in a Dockerfile. ONLY="gpu cpu" picks steps; --keep leaves the work folder for another go.
@@ -97,6 +97,9 @@ check_gpu() {
     container=$("${b[@]}" from loradock:gpu)
     "${b[@]}" run "$container" -- loradock --help > "$work/help.txt"
     grep -q push "$work/help.txt"
+    "${b[@]}" run "$container" -- loradock train --help > "$work/help.txt"
+    grep -q -e --overwrite "$work/help.txt"
+    "${b[@]}" run "$container" -- python3 -c 'import psycopg, s3fs, zstandard, PIL'
     local entry
     mapfile -t entry < <("${b[@]}" inspect --type image loradock:gpu | "$python" -c 'import json, sys; print(*json.load(sys.stdin)["Docker"]["config"]["Entrypoint"], sep="\n")')
     "${b[@]}" run "$container" -- "${entry[@]}" --help > "$work/help.txt"
@@ -119,8 +122,9 @@ check_run() {
     "$work/client/bin/python" -c 'import importlib.util as u, sys; sys.exit(any(u.find_spec(name) for name in ("torch", "vllm", "sqlalchemy")))'
 
     say "a tiny base and an adapter"
-    rm -rf "$work/models" "$work/data"
+    rm -rf "$work/models" "$work/data" "$work/cache"
     PYTHONPATH=tests/support "$python" - "$work/models" > "$work/models.log" 2>&1 << 'PY' || { cat "$work/models.log" >&2; exit 1; }
+import json
 import sys
 from pathlib import Path
 
@@ -129,15 +133,17 @@ from loradock_testing.tiny_models import make_adapter, make_llama
 root = Path(sys.argv[1])
 base = make_llama(root / "tiny-base")
 make_adapter(root / "tiny-adapter", base, seed=1)
+rows = [{"prompt": f"def f{n}", "completion": f"(x): return {n}"} for n in range(32)]
+(root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+config = {"model_id": "/models/tiny-base", "train_path": "/models/rows.jsonl", "context_length": 64, "max_steps": 4,
+          "train_batch_size_per_device": 4, "mixed_precision": "no", "lora_config": {"r": 4}}
+(root / "train.yaml").write_text(json.dumps(config), encoding="utf-8")
 PY
     chmod -R a+rX "$work/models"
 
     say "loradock:cpu as a container"
-    local container
-    container=$("${b[@]}" from loradock:cpu)
     # A network of its own, with nothing but loopback: port 8080 is free there, and nothing can be downloaded.
-    unshare --net -- sh -c 'ip link set lo up && exec "$@"' sh "$python" docker/check_run.py --container "$container" --work "$work" -- "${b[@]}"
-    "${b[@]}" rm "$container" > /dev/null
+    unshare --net -- sh -c 'ip link set lo up && exec "$@"' sh "$python" docker/check_run.py --work "$work" -- "${b[@]}"
 }
 
 for step in compose gpu cpu run; do

@@ -1,15 +1,16 @@
-"""Runs the CPU image as a container and holds it to what it promises. docker/check.sh calls it, in its own network.
+"""Runs the CPU image in containers and holds it to what it promises. docker/check.sh calls it, in its own network.
 
-    python docker/check_run.py --container NAME --work FOLDER -- buildah --root … --runroot …
+    python docker/check_run.py --work FOLDER -- buildah --root … --runroot …
 
-FOLDER holds models/tiny-base, models/tiny-adapter and the light client's virtual environment client/. What to run, as
-whom and how to tell that it is healthy is read from the image, so that a mistake in the Dockerfile shows here. It knows
-neither the gateway's code nor vLLM.
+FOLDER holds models/tiny-base, models/tiny-adapter, models/train.yaml and the light client's virtual environment
+client/. What to run, as whom and how to tell that it is healthy is read from the image, so that a mistake in the
+Dockerfile shows here. It knows neither the gateway's code nor vLLM.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ KEY = "a-key-for-this-check"
 PROMPT = "def main"
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 60.0
+TRAIN_TIMEOUT_S = 180.0
+VOLUMES = ("/data", "/cache")
 
 
 class CheckError(Exception):
@@ -38,28 +42,60 @@ class Image:
     """What the image says of itself."""
 
     buildah: list[str]
-    container: str
     work: Path
     entrypoint: list[str]
     user: str
     healthcheck: list[str]
 
+    def volume(self, name: str) -> Path:
+        """The folder on this machine that stands for a volume, as new ones the image's user's."""
+        folder = self.work / name.strip("/")
+        folder.mkdir(exist_ok=True)
+        uid, _, gid = self.user.partition(":")
+        os.chown(folder, int(uid), int(gid))
+        return folder
+
+    @contextlib.contextmanager
+    def container(self) -> Iterator[Container]:
+        """A new container, removed at the end: what outlives it lies in the volumes."""
+        name = _output([*self.buildah, "from", "loradock:cpu"])
+        try:
+            # buildah mounts volumes of its own where the image names some, now over ours and now under them.
+            off = [word for volume in VOLUMES for word in ("--volume", f"{volume}-")]
+            _output([*self.buildah, "config", *off, name])
+            yield Container(self, name)
+        finally:
+            _output([*self.buildah, "rm", name])
+
+
+@dataclass(frozen=True)
+class Container:
+    """A container of the image, with the volumes and the models."""
+
+    image: Image
+    name: str
+
     def command(self, *arguments: str) -> list[str]:
-        """A command line that runs `arguments` in the container, as the image's user."""
-        mounts = ["-v", f"{self.work / 'data'}:/data", "-v", f"{self.work / 'models'}:/models:ro"]
+        """A command line that runs `arguments` in it, as the image's user."""
+        folders = [f"{self.image.volume(volume)}:{volume}" for volume in VOLUMES]
+        mounts = [word for mount in (*folders, f"{self.image.work / 'models'}:/models:ro") for word in ("-v", mount)]
         settings = ["--env", f"LORADOCK_ADMIN_KEY={KEY}", "--env", "VLLM_CPU_KVCACHE_SPACE=1"]
-        return [*self.buildah, "run", *mounts, *settings, self.container, "--", *arguments]
+        return [*self.image.buildah, "run", *mounts, *settings, self.name, "--", *arguments]
 
 
-def describe(buildah: list[str], container: str, work: Path) -> Image:
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120).stdout.strip()
+
+
+def describe(buildah: list[str], work: Path) -> Image:
     command = [*buildah, "inspect", "--type", "image", "loradock:cpu"]
-    config = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)["Docker"]["config"]
+    config = json.loads(_output(command))["Docker"]["config"]
     health = config["Healthcheck"]["Test"]
     if health[0] != "CMD":
         raise CheckError(f"the health check is not in exec form: {health}")
-    if set(config["Volumes"]) != {"/data", "/cache"}:
+    if set(config["Volumes"]) != set(VOLUMES):
         raise CheckError(f"the image's volumes are {config['Volumes']}")
-    return Image(buildah, container, work, config["Entrypoint"], config["User"], health[1:])
+    return Image(buildah, work, config["Entrypoint"], config["User"], health[1:])
 
 
 def say(text: str) -> None:
@@ -118,13 +154,13 @@ def uid_of(pid: int) -> str:
 class Running:
     """The container, started and healthy; leaving the `with` stops it as `docker stop` does, and checks how it went."""
 
-    def __init__(self, image: Image, log: Path) -> None:
-        self.image = image
+    def __init__(self, container: Container, log: Path) -> None:
+        self.container = container
         self.log = log
 
     def __enter__(self) -> Running:
         start = time.monotonic()
-        command = self.image.command(*self.image.entrypoint, "--base", "/models/tiny-base")
+        command = self.container.command(*self.container.image.entrypoint, "--base", "/models/tiny-base")
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         healthy = False
@@ -165,13 +201,25 @@ class Running:
         say("stopped by SIGTERM, and no process is left")
 
 
+def train(image: Image) -> None:
+    """Trains an adapter in the image, as docker/README.md says."""
+    start = time.monotonic()
+    with image.container() as container:
+        command = container.command("loradock", "train", "/models/train.yaml", "--output", "/data/runs/trained")
+        with (image.work / "train.log").open("wb") as log:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=TRAIN_TIMEOUT_S)
+    if done.returncode != 0 or not (image.volume("/data") / "runs/trained/run.json").is_file():
+        raise CheckError(f"`loradock train` in the image ended with {done.returncode} and left no run in /data")
+    say(f"trained an adapter in {time.monotonic() - start:.1f} s")
+
+
 def first_life(image: Image) -> str:
     """Pushes an adapter into a running container. What it then answers."""
-    with Running(image, image.work / "serve-1.log") as running:
+    with image.container() as container, Running(container, image.work / "serve-1.log") as running:
         user = image.user.partition(":")[0]
         if uid_of(server_pid(running.process.pid)) != user or user == "0":
             raise CheckError("the server does not run as the image's non-root user")
-        subprocess.run(image.command(*image.healthcheck), check=True, timeout=60)
+        subprocess.run(container.command(*image.healthcheck), check=True, timeout=60)
         say("the image's health check passes")
         start = time.monotonic()
         client(image, "push", str(image.work / "models/tiny-adapter"), "demo")
@@ -179,34 +227,33 @@ def first_life(image: Image) -> str:
         say(f"pushed and answered in {time.monotonic() - start:.1f} s: {said!r}; the base: {base!r}")
         if said == base:
             raise CheckError("the adapter answers like the base")
+        client(image, "push", str(image.volume("/data") / "runs/trained"), "trained")
+        answer("trained")
+        say("what was trained in the image answers")
     return said
 
 
 def second_life(image: Image, expected: str) -> None:
-    """After a restart with the same volume, the adapter is there and says the same."""
-    with Running(image, image.work / "serve-2.log"):
+    """In another container with the same volume, the adapter is there and says the same."""
+    with image.container() as container, Running(container, image.work / "serve-2.log"):
         said = answer("demo")
         if said != expected or "demo" not in client(image, "ls", "--json"):
-            raise CheckError(f"after the restart the adapter says {said!r}, not {expected!r}")
-        say("after a restart the adapter is still served, with the same answer")
+            raise CheckError(f"in a new container the adapter says {said!r}, not {expected!r}")
+        say("in a new container the adapter is still served, with the same answer")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--container", required=True)
     parser.add_argument("--work", required=True, type=Path)
     parser.add_argument("buildah", nargs="+")
     given = parser.parse_args()
-    image = describe(given.buildah, given.container, given.work.resolve())
-    data = image.work / "data"
-    data.mkdir(exist_ok=True)
-    uid, _, gid = image.user.partition(":")
-    os.chown(data, int(uid), int(gid))  # as a new named volume takes the owner that the image gave the folder
+    image = describe(given.buildah, given.work.resolve())
     try:
+        train(image)
         second_life(image, first_life(image))
     except (CheckError, subprocess.SubprocessError, urllib.error.URLError) as error:
         sys.stderr.write(f"error: {error}\n")
-        for log in sorted(image.work.glob("serve-*.log")):
+        for log in [*image.work.glob("train.log"), *sorted(image.work.glob("serve-*.log"))]:
             sys.stderr.write(f"--- {log.name}, its last lines\n{log.read_text(errors='replace')[-6000:]}\n")
         return 1
     return 0

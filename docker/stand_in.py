@@ -1,6 +1,6 @@
 """What makes a small base image stand in for vLLM's: the packages that the real one brings, but for the huge ones.
 
-    python3 stand_in.py names     prints what to pip-install: what serve + train ask for, less what the Dockerfile adds
+    python3 stand_in.py names     prints what to pip-install: what the image's extras ask for, less what Dockerfile adds
     python3 stand_in.py engine    gives torch and vLLM a name and a version, and nothing else
 
 With metadata alone, what asks for the version is answered (docker/verify.py), and what imports the package fails.
@@ -16,6 +16,8 @@ import tomllib
 from pathlib import Path
 
 ENGINE = ("torch", "vllm")
+EXTRAS = ("serve", "train", "postgres", "s3")
+"""What docker/Dockerfile has verify.py look for, beside the engine."""
 
 
 def pins(lock: str) -> dict[str, str]:
@@ -27,7 +29,7 @@ def brought_by_the_real_image() -> set[str]:
     """Names of the requirements that docker/Dockerfile leaves to its base image."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["serve"], *extras["train"]]
+    requirements = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
     names = {re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower().replace("_", "-") for line in requirements}
     return names - set(ENGINE) - pins("gpu-image.txt").keys()
 

@@ -1,6 +1,6 @@
 """Checks, at the end of an image's build, that what is installed meets what Loradock and its extras ask for.
 
-    python3 docker/verify.py serve train gpu
+    python3 docker/verify.py serve train postgres s3 gpu
 
 The images install with --no-deps, so that nothing of the base image is replaced; this is what then notices a base image
 of another vLLM, or one that has lost a package. It knows only installed metadata, and imports none of the packages.
