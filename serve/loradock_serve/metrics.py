@@ -119,6 +119,15 @@ NOT_ADMITTED = Counter(
     registry=REGISTRY,
 )
 
+# Closed sets stand at 0 from the start: to Prometheus a series that begins with 1 has not grown.
+for _counter, _values in (
+    (PUBLISHES, ("shared", "dedicated", "rejected")),
+    (PROOFS, ("proven", "unproven", "failed", "refused")),
+    (NOT_ADMITTED, ("queue_full", "tenant_queue_full", "queue_bytes_full", "deadline", "client_gone")),
+):
+    for _value in _values:
+        _counter.labels(_value)
+
 _labelled: set[str] = set()
 
 
