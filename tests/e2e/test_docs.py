@@ -53,6 +53,14 @@ def test_relative_links_lead_to_files(document: Path) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rows_stand_below_the_head_of_their_table(document: Path) -> None:
+    """A blank line within a table ends it: what follows is shown as text with bars."""
+    lines = ["", *document.read_text().splitlines(), ""]
+    heads = [n for n in range(1, len(lines)) if lines[n].startswith("| ") and not lines[n - 1].startswith("|")]
+    assert [lines[n] for n in heads if not re.fullmatch(r"\|( ?:?-+:? ?\|)+", lines[n + 1])] == []
+
+
 def test_make_targets_in_readme_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     named = set(re.findall(r"^ +make ([a-z-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))

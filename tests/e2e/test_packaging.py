@@ -300,6 +300,33 @@ def test_compose_service_keeps_its_data_and_demands_a_key(service: str, dockerfi
     assert settings["restart"] == "unless-stopped"
 
 
+def test_compose_variables_are_documented() -> None:
+    used = set(re.findall(r"\$\{(\w+)", (ROOT / "docker/compose.yaml").read_text(encoding="utf-8")))
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docker/README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert used == set(re.findall(r"`(\w+)`", " ".join(rows)))
+
+
+@pytest.mark.parametrize(("dockerfile", "engine"), [("Dockerfile", "gpu"), ("Dockerfile.cpu", "cpu")])
+def test_image_is_verified_to_have_what_serving_training_and_a_shared_registry_need(
+    dockerfile: str, engine: str
+) -> None:
+    build = (ROOT / "docker" / dockerfile).read_text(encoding="utf-8")
+    assert re.search(rf"verify\.py serve train postgres s3 {engine}$", build, re.MULTILINE)
+    lock = "gpu" if engine == "gpu" else "cpu"
+    assert unmet([*EXTRAS["postgres"], *EXTRAS["s3"]], pins(lock)) == []
+
+
+@pytest.mark.parametrize("dockerfile", ["Dockerfile", "Dockerfile.cpu"])
+def test_image_copies_what_the_ignore_file_lets_through(dockerfile: str) -> None:
+    build = (ROOT / "docker" / dockerfile).read_text(encoding="utf-8")
+    copied = [word for line in re.findall(r"^COPY (.+)$", build, re.MULTILINE) for word in line.split()[:-1]]
+    assert copied
+    assert [name for name in copied if not (ROOT / name).exists()] == []
+    ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    allowed = [line.removeprefix("!") for line in ignore if line.startswith("!")]
+    assert [name for name in copied if not any(f"{name}/".startswith(f"{kept}/") for kept in allowed)] == []
+
+
 def test_compose_gpu_service_reserves_a_gpu_and_shared_memory() -> None:
     settings = compose()["services"]["gpu"]
     (device,) = settings["deploy"]["resources"]["reservations"]["devices"]
