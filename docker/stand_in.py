@@ -16,6 +16,8 @@ import tomllib
 from pathlib import Path
 
 ENGINE = ("torch", "vllm")
+FOR_S3FS = ("aiohttp", "jmespath", "requests", "six")
+"""What vLLM asks for, s3fs needs, and nothing else here brings."""
 EXTRAS = ("serve", "train", "postgres", "s3")
 """What docker/Dockerfile has verify.py look for, beside the engine."""
 
@@ -31,7 +33,7 @@ def brought_by_the_real_image() -> set[str]:
     extras = project["optional-dependencies"]
     requirements = [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
     names = {re.split(r"[^A-Za-z0-9_.-]", line, maxsplit=1)[0].lower().replace("_", "-") for line in requirements}
-    return names - set(ENGINE) - pins("gpu-image.txt").keys()
+    return (names | set(FOR_S3FS)) - set(ENGINE) - pins("gpu-image.txt").keys()
 
 
 def name_the_engine() -> None:
