@@ -82,6 +82,13 @@ build() { # build TAG DOCKERFILE BASE ARGS...
 
 size() { "${b[@]}" images --json "$1" | "$python" -c 'import json, sys; print(json.load(sys.stdin)[0]["size"])'; }
 
+expect() { # expect WORDS CONTAINER COMMAND... : what the command prints there has the words
+    local words=$1 container=$2 printed
+    shift 2
+    printed=$("${b[@]}" run "$container" -- "$@")
+    [[ "$printed" == *"$words"* ]] || { echo "error: no '$words' in what \`$*\` printed: ${printed:-nothing}" >&2; exit 1; }
+}
+
 check_gpu() {
     stand_in_base
     say "a stand-in for vLLM's image"
@@ -95,16 +102,13 @@ check_gpu() {
     "${b[@]}" commit --quiet --rm "$container" vllm-stand-in > /dev/null
     build loradock:gpu docker/Dockerfile vllm-stand-in
     container=$("${b[@]}" from loradock:gpu)
-    "${b[@]}" run "$container" -- loradock --help > "$work/help.txt"
-    grep -q push "$work/help.txt"
-    "${b[@]}" run "$container" -- loradock train --help > "$work/help.txt"
-    grep -q -e --overwrite "$work/help.txt"
-    "${b[@]}" run "$container" -- python3 -c 'import psycopg, s3fs, zstandard, PIL'
+    expect push "$container" loradock --help
+    expect --overwrite "$container" loradock train --help
+    expect imported "$container" python3 -c 'import psycopg, s3fs, zstandard, PIL; print("imported")'
     local entry
     mapfile -t entry < <("${b[@]}" inspect --type image loradock:gpu | "$python" -c 'import json, sys; print(*json.load(sys.stdin)["Docker"]["config"]["Entrypoint"], sep="\n")')
-    "${b[@]}" run "$container" -- "${entry[@]}" --help > "$work/help.txt"
-    grep -q -e --data-dir "$work/help.txt"
-    [ "$("${b[@]}" run "$container" -- id -u)" = 10001 ]
+    expect --data-dir "$container" "${entry[@]}" --help
+    expect 10001 "$container" id -u
     "${b[@]}" rm "$container" > /dev/null
     say "loradock:gpu: ${entry[*]} --help, as user 10001"
 }
