@@ -111,6 +111,10 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return int(self._file.tell())
 
+    def readall(self) -> bytes:
+        with _told(self._name):
+            return bytes(self._file.read())
+
     def readinto(self, target: Any) -> int:
         with _told(self._name):
             found = self._file.read(len(target))
