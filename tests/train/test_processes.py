@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "full": {"group_by_length": False, "optim": "sgd", "learning_rate": 0.1},
     "lora": {"lora_config": {"r": 4, "target_modules": ["q_proj", "down_proj", "lm_head"]}},
     "packed": {"packing": True, "context_length": 32},
+    "best": {"group_by_length": False, "optim": "sgd", "learning_rate": 0.1, "best_by": "eval_loss", "eval_steps": 2},
 }
 # Four rows a step, 21 rows: the last step has one, so that one of two processes has none.
 SHAPES: dict[str, tuple[int, int, int]] = {

@@ -90,8 +90,7 @@ class BestKeeper(TrainerCallback):
         """Called when the validation's line is already in the history."""
         now = self.now
         if now.step == state.global_step:
-            step = now.step
-            on_main(lambda: self._keep(step))
+            self._keep(now.step)
         stopping = self._config.early_stopping
         if stopping is not None and now.stale >= stopping.patience:
             control.should_training_stop = True
@@ -110,8 +109,7 @@ class BestKeeper(TrainerCallback):
 
     def _keep(self, step: int) -> None:
         """Written first; then those go that neither the run nor a save of it needs."""
-        state = trained_state(self._model)
-        on_main(lambda: self._write(step, state))
+        on_main(lambda: self._write(step, trained_state(self._model)))
 
     def _write(self, step: int, state: Mapping[str, Tensor]) -> None:
         place = self._place(step)
