@@ -19,10 +19,18 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from transformers import set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, set_seed
 
 from loradock_train.after import export, write_text
-from loradock_train.before import adapter_notices, announce, check_packing, load_data, open_rows, prepare_model
+from loradock_train.before import (
+    RunData,
+    adapter_notices,
+    announce,
+    check_packing,
+    load_data,
+    open_rows,
+    prepare_model,
+)
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.cost import SpendMeter, cost_of, told
@@ -37,6 +45,7 @@ from loradock_train.launch import (
     run_directory,
 )
 from loradock_train.model import (
+    Precision,
     base_config,
     check_base,
     check_machine,
@@ -49,7 +58,7 @@ from loradock_train.preference import check_preference_run
 from loradock_train.processes import connected, is_main, on_main, world_size
 from loradock_train.proof import Proof, probe_logits
 from loradock_train.remote import check_destination, copy_out, local_base
-from loradock_train.report import summarise, versions
+from loradock_train.report import Outcome, summarise, versions
 from loradock_train.results import few_tokens, result_lines
 from loradock_train.rundir import check_output, prepare_output
 from loradock_train.saves import (
@@ -161,7 +170,7 @@ def _sweep(
     console = console if console is not None else Console(stderr=True)
 
     def run(leg: TrainConfig, name: str, place: Path, goes_on: bool, shared: Alone) -> dict[str, Any]:
-        console.print(f"sweep: {name}", markup=False, highlight=False)
+        _say(console, f"sweep: {name}")
         return train_here(leg, notices, name, place, overwrite, goes_on, console, shared).summary
 
     return Run(directory, "sweep", run_sweep(config, directory, overwrite, resume, run))
@@ -206,6 +215,66 @@ def _train_here(
     started_s, spending = time.monotonic(), SpendMeter(None if save is None else save.spent)
     set_seed(config.seed)
 
+    architecture, tokenizer, data = _read(config, notices, shared)
+    identity = identity_of(config, data.splits, tokenizer_sha256(tokenizer), versions())
+    check_alike(identity)
+    if save is not None:
+        notices.extend(check_same(save, identity))
+    notices.extend(adapter_notices(config))
+    plan, memory = plan_for_run(config, tokenizer, data), PeakMeter.start()
+    notices.extend(warnings_of(plan))
+    precision, model, base_logits = prepare_model(config, architecture, tokenizer, data, shared)
+    began = None if config.adapter_path is None else probe_logits(model, data.probes, data.probe_pixels)
+    notices.append(_served_how(config, model, tokenizer, precision))
+    check_packing(model, data, tokenizer)
+    judge = make_judge(config, data, model, tokenizer, precision.arithmetic)
+    if save is not None:
+        check_same_base(save, base_logits)
+
+    on_main(lambda: _begin(config, directory, save))
+    announce(console, config, model, data, precision, notices)
+    if resume:
+        _say(console, f"resuming at step {save.position.step}" if save else "nothing was saved: beginning at step 0")
+    if judge is not None and config.kind != "scratch":
+        on_main(partial(judge.score, model, directory, "before"))
+    write = partial(
+        write_save, directory, identity=identity, base_logits=base_logits, keep=config.keep, spent=spending.so_far
+    )
+    outcome = fit(config, model, tokenizer, data, precision, directory, console, save, write)
+
+    trained_logits = on_main(lambda: probe_logits(model, data.probes, data.probe_pixels))
+    summary = _summary(config, model, data, precision, outcome, notices, console)
+    if plan is not None:
+        summary["plan"] = plan.to_json() | {"measured_bytes": memory.growth_bytes()}
+        _say(console, compared(plan, summary["plan"]["measured_bytes"]))
+
+    def finish() -> Run:
+        if judge is not None:
+            judge.score(model, directory, "after")
+            summary.update({key: value for key, value in judge.summary().items() if key not in summary})
+        logits = (base_logits, began, trained_logits)
+        proof = export(config, model, tokenizer, data, precision, directory, summary, logits)
+        write_scores(outcome.scored, data.scorer, directory)
+        plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
+        run = _finish(directory, config, summary, proof, started_s, spending)
+        _say(console, *result_lines(config, summary), told(summary))
+        return run
+
+    return on_main(finish)
+
+
+def _say(console: Console, *lines: str) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False)
+
+
+def _read(
+    config: TrainConfig, notices: list[str], shared: Alone
+) -> tuple[PretrainedConfig | None, PreTrainedTokenizerBase, RunData]:
+    """What the run is made of but its model; what cannot be is refused before the model costs anything.
+
+    The architecture is the base's, None where there is no base. `notices` gets what there is to say of all that.
+    """
     check_machine(config)
     check_trackers(config.report_to)
     check_shardable(config)
@@ -222,71 +291,38 @@ def _train_here(
     for key, report in data.reports.items():
         if stream is None or key != "train":
             notices.extend(report.notices(key, config.context_length))
-
     notices.extend(few_tokens(config, data.reports["train"].num_tokens, is_whole=stream is None))
     few = length_of(config, len(data.train), world_size()) if stream is None else length_of_stream(config, lambda: 0.0)
     notices.extend(without_effect(config, few))
-    identity = identity_of(config, data.splits, tokenizer_sha256(tokenizer), versions())
-    check_alike(identity)
-    if save is not None:
-        notices.extend(check_same(save, identity))
-    notices.extend(adapter_notices(config))
-    plan, memory = plan_for_run(config, tokenizer, data), PeakMeter.start()
-    notices.extend(warnings_of(plan))
-    precision, model, base_logits = prepare_model(config, architecture, tokenizer, data, shared)
-    began = None if config.adapter_path is None else probe_logits(model, data.probes, data.probe_pixels)
+    return architecture, tokenizer, data
+
+
+def _served_how(config: TrainConfig, model: Any, tokenizer: PreTrainedTokenizerBase, precision: Precision) -> str:
+    """What `loradock serve` will make of the checkpoint."""
     if config.has_head:
-        notices.append("a classification head: it will be served by a dedicated engine, through POST /classify")
-    else:
-        notices.append(foretell(model, tokenizer, config.model_id, precision.saved).line())
+        return "a classification head: it will be served by a dedicated engine, through POST /classify"
+    return foretell(model, tokenizer, config.model_id, precision.saved).line()
 
-    check_packing(model, data, tokenizer)
-    judge = make_judge(config, data, model, tokenizer, precision.arithmetic)
-    if save is not None:
-        check_same_base(save, base_logits)
-    on_main(lambda: _begin(config, directory, save))
-    announce(console, config, model, data, precision, notices)
-    if resume:
-        where = f"resuming at step {save.position.step}" if save else "nothing was saved: beginning at step 0"
-        console.print(where, markup=False, highlight=False)
-    if judge is not None and config.kind != "scratch":
-        on_main(partial(judge.score, model, directory, "before"))
-    write = partial(
-        write_save, directory, identity=identity, base_logits=base_logits, keep=config.keep,
-        spent=spending.so_far,
-    )  # fmt: skip
-    outcome = fit(config, model, tokenizer, data, precision, directory, console, save, write)
 
-    trained_logits = on_main(lambda: probe_logits(model, data.probes, data.probe_pixels))
-    reports = data.reports if outcome.stream_report is None else data.reports | {"train": outcome.stream_report}
-    late = list(outcome.scored.notices)
+def _summary(
+    config: TrainConfig,
+    model: Any,
+    data: RunData,
+    precision: Precision,
+    outcome: Outcome,
+    notices: list[str],
+    console: Console,
+) -> dict[str, Any]:
+    """What run.json says of the training; what is known only now, as how much a stream held, is shown at once."""
+    reports, late = data.reports, list(outcome.scored.notices)
     if outcome.stream_report is not None:
+        reports = reports | {"train": outcome.stream_report}
         late.extend(outcome.stream_report.notices("train_path", config.context_length))
         late.extend(few_tokens(config, outcome.stream_report.num_tokens, is_whole=True))
-    for notice in late:
-        console.print(f"note: {notice}", markup=False, highlight=False)
+    _say(console, *(f"note: {notice}" for notice in late))
     notices.extend([*outcome.notices, *late])
     summary = summarise(config, model, reports, precision, outcome, notices)
-    if plan is not None:
-        summary["plan"] = plan.to_json() | {"measured_bytes": memory.growth_bytes()}
-        console.print(compared(plan, summary["plan"]["measured_bytes"]), markup=False, highlight=False)
-
-    def finish() -> Run:
-        if judge is not None:
-            judge.score(model, directory, "after")
-            summary.update({key: value for key, value in judge.summary().items() if key not in summary})
-        proof = export(
-            config, model, tokenizer, data, precision, directory, summary, (base_logits, began, trained_logits)
-        )
-        write_scores(outcome.scored, data.scorer, directory)
-        plot_loss(outcome.history, directory / "loss.png", f"{name}: {config.kind}")
-        summary["data_sha256"] = {key: rows.sha256 for key, rows in data.splits.items()}
-        run = _finish(directory, config, summary, proof, started_s, spending)
-        for line in (*result_lines(config, summary), told(summary)):
-            console.print(line, markup=False, highlight=False)
-        return run
-
-    return on_main(finish)
+    return summary | {"data_sha256": {key: rows.sha256 for key, rows in data.splits.items()}}
 
 
 def _begin(config: TrainConfig, directory: Path, save: Save | None) -> None:

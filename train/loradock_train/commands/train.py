@@ -5,8 +5,9 @@ loradock train lora.yaml --set lora_config.r=16 --output runs/lora-16
 
 import json
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +16,9 @@ from loradock_adapters.errors import UsageError
 from loradock_train.launch import Machines
 from loradock_train.processes import is_main
 from loradock_train.ray_run import RayCluster
+
+if TYPE_CHECKING:
+    from loradock_train.config import TrainConfig
 
 
 def _print_schema(wanted: bool) -> None:
@@ -65,61 +69,132 @@ def train(
     ] = False,
 ) -> None:
     """Train a LoRA adapter, a full fine-tune, or a model from scratch."""
-    from loradock_adapters.console import note, out, out_json
     from loradock_train.config_file import load_config
-    from loradock_train.errors import RunStopped
-    from loradock_train.launch import launch, make_order, must_launch, read_summary, run_directory
-    from loradock_train.publish import check_push, told
-    from loradock_train.publish import push as push_run
-    from loradock_train.ray_run import check_on_ray, train_on_ray
-    from loradock_train.remote import has_urls
+    from loradock_train.publish import check_push
 
-    overrides = [*(set_ or []), *([f"num_devices={nproc}"] if nproc is not None else [])]
     machines = Machines(nodes, node_rank, master_address)
     machines.check()
     cluster = _cluster(ray, workers, gpus_per_worker, cpus_per_worker, is_alone=nproc is None and nodes == 1)
     check_push(push, server)
-    resolved, notices = load_config(config, overrides)  # a typo is told before the heavy imports
+    target = None if push is None else Target(push, server, api_key)
+    asked = Asked(config, set_ or [], nproc, machines, cluster, output, overwrite, resume, target, as_json)
+    resolved, notices = load_config(config, asked.overrides)  # a typo is told before the heavy imports
     if plan:
-        if cluster is not None:
-            raise UsageError(
-                "--plan plans for this machine: for the memory of a worker give --nproc N in place of --ray"
-            )
-        _print_plan(config, overrides, as_json, nodes)
-        return
-    directory = run_directory(resolved, output, config.stem)
-    if resolved.sweep and push is not None:
+        _print_plan(asked)
+    else:
+        _train(asked, resolved, notices)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a run goes that succeeds."""
+
+    name: str
+    server: str
+    api_key: str | None = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says of a run."""
+
+    config: Path
+    set_: list[str]
+    nproc: int | None
+    machines: Machines
+    cluster: RayCluster | None
+    output: Path | None
+    overwrite: bool
+    resume: bool
+    push: Target | None
+    as_json: bool
+
+    @property
+    def overrides(self) -> list[str]:
+        """Of the config's keys."""
+        return [*self.set_, *([f"num_devices={self.nproc}"] if self.nproc is not None else [])]
+
+    @property
+    def again(self) -> str:
+        """The command that goes on with this run."""
+        words = ["loradock", "train", str(self.config)]
+        if (cluster := self.cluster) is not None:
+            words += ["--ray", cluster.address, "--workers", str(cluster.workers)]
+            words += ["--gpus-per-worker", f"{cluster.gpus_per_worker:g}"] if cluster.gpus_per_worker else []
+            words += ["--cpus-per-worker", f"{cluster.cpus_per_worker:g}"] if cluster.cpus_per_worker != 1 else []
+        if self.nproc is not None:
+            words += ["--nproc", str(self.nproc)]
+        if (machines := self.machines).nodes > 1:
+            words += ["--nodes", str(machines.nodes), "--node-rank", str(machines.rank)]
+            words += ["--master-address", str(machines.master_address)]
+        for override in self.set_:
+            words += ["--set", override]
+        if self.output is not None:
+            words += ["--output", str(self.output)]
+        words.append("--resume")
+        if self.push is not None:
+            words += ["--push", self.push.name, "--server", self.push.server]
+        return shlex.join(words)
+
+
+def _train(asked: Asked, config: "TrainConfig", notices: list[str]) -> None:
+    from loradock_adapters.console import note
+    from loradock_train.errors import RunStopped
+    from loradock_train.launch import run_directory
+    from loradock_train.publish import push, told
+
+    target, directory = asked.push, run_directory(config, asked.output, asked.config.stem)
+    if config.sweep and target is not None:
         raise UsageError("--push publishes one checkpoint, and a sweep makes several: push the one you choose")
+    speaks = asked.machines.rank == 0
     try:
-        if cluster is not None:
-            check_on_ray(resolved)
-            alone = resolved.model_copy(update={"num_devices": 1})  # of a worker
-            order = make_order(alone, notices, config.stem, directory, overwrite, resume)
-            train_on_ray(order, cluster, resolved.worker_resources)
-        elif must_launch(resolved.num_devices, machines) and not has_urls(resolved):
-            order = make_order(resolved, notices, config.stem, directory, overwrite, resume)
-            launch(order, resolved.num_devices, machines)
-        else:
-            _train_here(config, overrides, output, overwrite, resume, machines)
+        _train_where_asked(asked, config, notices, directory)
     except RunStopped as stop:
-        if is_main() and node_rank == 0:
+        if is_main() and speaks:
             note(f"stopped at step {stop.step}, saved in {stop.save}; resume with")
-            note(f"    {_again(config, set_, output, nproc, machines, cluster)}{_push_words(push, server)}")
+            note(f"    {asked.again}")
         return
-    if not is_main() or node_rank > 0:
+    if not is_main() or not speaks:
         return
-    if resolved.sweep:
-        told_by_sweep = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
+    _print_run(config, directory, asked.as_json)
+    if target is not None:
+        note(told(push(directory, target.name, server=target.server, api_key=target.api_key)), "green")
+
+
+def _train_where_asked(asked: Asked, config: "TrainConfig", notices: list[str], directory: Path) -> None:
+    """On a Ray cluster, in processes that are started for it, or in this one."""
+    from loradock_train.launch import launch, make_order, must_launch
+    from loradock_train.ray_run import check_on_ray, train_on_ray
+    from loradock_train.remote import has_urls
+
+    name, overwrite, resume = asked.config.stem, asked.overwrite, asked.resume
+    if asked.cluster is not None:
+        check_on_ray(config)
+        alone = config.model_copy(update={"num_devices": 1})  # of a worker
+        order = make_order(alone, notices, name, directory, overwrite, resume)
+        train_on_ray(order, asked.cluster, config.worker_resources)
+    elif must_launch(config.num_devices, asked.machines) and not has_urls(config):
+        order = make_order(config, notices, name, directory, overwrite, resume)
+        launch(order, config.num_devices, asked.machines)
+    else:
+        _train_here(asked)
+
+
+def _print_run(config: "TrainConfig", directory: Path, as_json: bool) -> None:
+    """What became of it, for whoever reads stdout."""
+    from loradock_adapters.console import out, out_json
+    from loradock_train.launch import read_summary
+
+    if config.sweep:
+        sweep = json.loads((directory / "sweep.json").read_text(encoding="utf-8"))
         if as_json:
-            out_json(told_by_sweep)
+            out_json(sweep)
         else:
-            out("\n".join(str(directory / leg["name"] / "checkpoint") for leg in told_by_sweep["legs"]))
+            out("\n".join(str(directory / leg["name"] / "checkpoint") for leg in sweep["legs"]))
     elif as_json:
         out_json(read_summary(directory))
     else:
         out(str(directory / "checkpoint"))
-    if push is not None:
-        note(told(push_run(directory, push, server=server, api_key=api_key)), "green")
 
 
 def _cluster(
@@ -137,13 +212,7 @@ def _cluster(
     return cluster
 
 
-def _push_words(push: str | None, server: str) -> str:
-    return "" if push is None else f" {shlex.join(['--push', push, '--server', server])}"
-
-
-def _train_here(
-    config: Path, overrides: list[str], output: Path | None, overwrite: bool, resume: bool, machines: Machines
-) -> None:
+def _train_here(asked: Asked) -> None:
     from loradock_train.quiet import quieten
 
     quieten()
@@ -151,46 +220,28 @@ def _train_here(
     from loradock_train.run import train as run_training
 
     run_training(
-        config, overrides=overrides, output=output, overwrite=overwrite, resume=resume, console=err, machines=machines
+        asked.config,
+        overrides=asked.overrides,
+        output=asked.output,
+        overwrite=asked.overwrite,
+        resume=asked.resume,
+        console=err,
+        machines=asked.machines,
     )
 
 
-def _print_plan(config: Path, overrides: list[str], as_json: bool, nodes: int) -> None:
+def _print_plan(asked: Asked) -> None:
+    if asked.cluster is not None:
+        raise UsageError("--plan plans for this machine: for the memory of a worker give --nproc N in place of --ray")
     from loradock_train.quiet import quieten
 
     quieten()
     from loradock_adapters.console import out, out_json
     from loradock_train.planning import plan_lines, plan_of_config
 
-    planned = plan_of_config(config, overrides, nodes)
-    if as_json:
+    planned = plan_of_config(asked.config, asked.overrides, asked.machines.nodes)
+    if asked.as_json:
         out_json(planned.to_json())
         return
     for line in plan_lines(planned):
         out(line)
-
-
-def _again(
-    config: Path,
-    overrides: list[str] | None,
-    output: Path | None,
-    nproc: int | None,
-    machines: Machines,
-    cluster: RayCluster | None,
-) -> str:
-    """The command that goes on with this run."""
-    words = ["loradock", "train", str(config)]
-    if cluster is not None:
-        words += ["--ray", cluster.address, "--workers", str(cluster.workers)]
-        words += ["--gpus-per-worker", f"{cluster.gpus_per_worker:g}"] if cluster.gpus_per_worker else []
-        words += ["--cpus-per-worker", f"{cluster.cpus_per_worker:g}"] if cluster.cpus_per_worker != 1 else []
-    if nproc is not None:
-        words += ["--nproc", str(nproc)]
-    if machines.nodes > 1:
-        words += ["--nodes", str(machines.nodes), "--node-rank", str(machines.rank)]
-        words += ["--master-address", str(machines.master_address)]
-    for override in overrides or []:
-        words += ["--set", override]
-    if output is not None:
-        words += ["--output", str(output)]
-    return shlex.join([*words, "--resume"])
