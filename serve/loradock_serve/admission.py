@@ -37,6 +37,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from loradock_serve import fair_share
+from loradock_serve.draining import drain
 from loradock_serve.fair_share import FairShare, Tenant
 from loradock_serve.lazy_heap import LazyHeap
 from loradock_serve.lines import Line
@@ -286,7 +287,8 @@ class Admission:
             while self._tickets and (ticket := self._next()) is not None:
                 self._begin(ticket, at)
                 decided.append(Begin(ticket))
-            if not (self._overdue.claims or self._slots.closing or self._pins_wanted) or not self._drain():
+            may_drain = self._overdue.claims or self._slots.closing or self._pins_wanted
+            if not may_drain or not drain(self._slots, self._overdue, len(self._pins_wanted)):
                 return decided
 
     def _age(self, at: float, decided: list[Decision]) -> None:
@@ -370,33 +372,6 @@ class Admission:
             self._slots.pin(adapter)
             del self._pins_wanted[name]
             decided.append(PinHolds(name))
-
-    def _drain(self) -> bool:
-        """Close as many slots as overdue requests and pins need; True where one was opened again instead.
-
-        While seats are what is short (somebody overdue has a slot and no seat), a slot is drained only for a request
-        that comes before that one: any other could not use it yet.
-        """
-        slots, claims = self._slots, len(self._overdue.claims)
-        wanted = len(self._pins_wanted) + claims
-        if len(slots.closing) > wanted:
-            slots.reopen(next(reversed(slots.closing)))
-            return True
-        ready = self._overdue.first(UNLIMITED, slot=False)
-        claim = self._overdue.first_claim()
-        if claim is not None and ready is not None:
-            claims = int(_rank(claim) < _rank(ready))
-        missing = len(self._pins_wanted) + claims - slots.available - len(slots.closing)
-        if missing > 0:
-            victims = slots.victims()
-            victims.sort(key=lambda victim: (self._overdue.waits_for(victim), victim.last_begun_at))
-            for victim in victims[:missing]:
-                slots.close(victim)
-        return False
-
-
-def _rank(ticket: Ticket) -> tuple[float, ...]:
-    return (ticket.tenant.counter, ticket.number)
 
 
 def _due(heap: LazyHeap[T], at: float, then: Callable[[T], None]) -> None:

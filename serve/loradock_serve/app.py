@@ -6,7 +6,6 @@ lifespan.
 
 import contextlib
 import logging
-import math
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -35,14 +34,9 @@ from loradock_serve.collector import Collector
 from loradock_serve.config import ServeConfig
 from loradock_serve.data_dir import DirectoryUse, GatewayLock, prepare_data_dir
 from loradock_serve.directories import CachedDirectories, Directories
-from loradock_serve.engine import AttachedEngine, Engine, EnginePlan
-from loradock_serve.engine_command import (
-    Machine,
-    base_command,
-    check_adapter_dtype,
-    dedicated_command,
-    this_machine,
-)
+from loradock_serve.engine import AttachedEngine
+from loradock_serve.engine_command import Machine, check_adapter_dtype, this_machine
+from loradock_serve.engine_factory import EngineFactory
 from loradock_serve.fit import Fit
 from loradock_serve.fleet import Fleet
 from loradock_serve.gc_routes import gc_router
@@ -127,7 +121,7 @@ def _join(
     socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))
     directories = directories_of(store, registry)
     weights = StoredWeights(directories, lambda: base.source, config.data_dir / "merged")
-    engines = _Engines(config, machine, base, lora, socket_dir)
+    engines = EngineFactory(config, machine, base, lora, socket_dir)
     packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
     told = config.uploads
@@ -268,65 +262,6 @@ def engine_plan(config: ServeConfig, base: ServedBase, machine: Machine, registr
         return None
     check_adapter_dtype(config.engine, machine)
     return advice
-
-
-def weights_bytes_a_gpu(config: ServeConfig, base: ServedBase) -> int:
-    """Bytes of the base's matrices on each GPU, 16 bits a value, from its shapes; 0 where these are not known."""
-    values = sum(out * inner for out, inner in base.facts.modules.values())
-    arguments = config.engine.vllm_arguments
-    gpus = [arguments.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")]
-    return 2 * values // max(1, math.prod(n for n in gpus if isinstance(n, int)))
-
-
-@dataclass(frozen=True)
-class _Engines:
-    """Makes engines; each start of one gets a fresh socket."""
-
-    config: ServeConfig
-    machine: Machine
-    base_model: ServedBase
-    lora: LoraSizing | None
-    socket_dir: Path
-
-    def base(self) -> Engine | AttachedEngine:
-        config = self.config
-        if config.engine.url is not None:
-            return AttachedEngine(config.engine.url)
-        return Engine(
-            EnginePlan(
-                label="the base's engine",
-                make_command=lambda socket: base_command(
-                    self.base_model.model,
-                    socket,
-                    config.engine,
-                    config.dedicated,
-                    self.machine,
-                    self.lora,
-                    weights_bytes_a_gpu(config, self.base_model),
-                ),
-                socket_dir=self.socket_dir,
-                log_path=config.data_dir / "logs" / "engine-base.log",
-                start_timeout_s=config.engine.start_timeout_s,
-                needs_corrected_lora=self.lora is not None,
-                restarts=True,
-            )
-        )
-
-    def dedicated(self, digest: str, name: str, directory: Path) -> Engine:
-        config = self.config
-        return Engine(
-            EnginePlan(
-                label=f"the engine of {name!r}",
-                make_command=lambda socket: dedicated_command(
-                    directory, digest, socket, config.engine, config.dedicated, self.machine
-                ),
-                socket_dir=self.socket_dir,
-                log_path=config.data_dir / "logs" / f"engine-{digest.removeprefix('sha256:')[:16]}.log",
-                start_timeout_s=config.dedicated.start_timeout_s,
-                needs_corrected_lora=False,
-                restarts=False,
-            )
-        )
 
 
 def _application(
