@@ -151,6 +151,14 @@ class Catalog:
         if self._registry.generation() == generation:
             self._remember(model, resolved)
 
+    async def find(self, model: str) -> Resolved:
+        """`know`, then `resolve`. What is known already costs one look for changes, which is a system call."""
+        self._look_for_changes()
+        if (known := self._cache.get(model) or self._guess(model)) is not None:
+            return known
+        await self.know(model)
+        return self.resolve(model)
+
     async def has(self, name: str) -> bool:
         """Whether there is such a name, by one look into the registry: `know` would search near names where not."""
         try:
@@ -190,12 +198,11 @@ class Catalog:
         if not done.cancelled() and isinstance(done.exception(), ModelNotFoundError):
             self._last_known.pop(model, None)
 
-    def route(self, model: str, caller: Callable[[], str | None]) -> Resolved:
-        """As `resolve`, for a request: while the name's traffic is split, the version that is its caller's.
+    def route(self, resolved: Resolved, caller: Callable[[], str | None]) -> Resolved:
+        """What a request is answered by: while the name's traffic is split, the version that is its caller's.
 
         `caller` is only asked then; who has none gets any version, each time anew.
         """
-        resolved = self.resolve(model)
         if resolved.split is None or resolved.version is None:
             return resolved
         who = caller()

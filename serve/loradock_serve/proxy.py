@@ -117,8 +117,8 @@ class OpenAIProxy:
                 place.take()
                 resolved = await self._lazy.resolve(reply.model)
         else:
-            await self._catalog.know(reply.model)
-            resolved = self._catalog.route(reply.model, lambda: caller_of(payload, key_of(scope)))
+            found = await self._catalog.find(reply.model)
+            resolved = self._catalog.route(found, lambda: caller_of(payload, key_of(scope)))
         reply.version = resolved.version
         refuse_unfit(resolved.version)
         refuse_wrong_task(resolved.version, resolved.public_name, path)

@@ -182,11 +182,13 @@ class AwayRegistry:
         self._registry = registry
         self.number = 0
         self.error: Exception | None = None
+        self.looks = 0
         self.asked: list[str] = []
         self.may_answer = threading.Event()
         self.may_answer.set()
 
     def generation(self) -> int:
+        self.looks += 1
         return self.number
 
     def route(self, name: str) -> Route:
@@ -227,6 +229,17 @@ async def test_name_is_asked_for_once_however_many_want_to_know_it(away: AwayReg
     assert away.asked == ["a"]
     with pytest.raises(ModelNotFoundError):
         await catalog.know("b")
+
+
+async def test_name_that_is_known_costs_one_look_for_changes(away: AwayRegistry) -> None:
+    catalog = catalog_on(away)
+    first = await catalog.find("a")
+    before = away.looks
+    assert await catalog.find("a") is first
+    assert away.looks == before + 1
+    away.number = 1
+    assert (await catalog.find("a")).engine_name == manifest("one").digest
+    assert away.asked == ["a", "a"]
 
 
 async def test_name_that_was_seen_answers_while_the_database_is_away(away: AwayRegistry) -> None:
