@@ -84,6 +84,22 @@ def test_key_is_read_in_our_words_and_told(
     assert notices == [notice]
 
 
+@pytest.mark.parametrize("value", ["none", ["none"]])
+def test_report_to_none_is_no_tracker(folder: Path, value: Any) -> None:
+    config, notices = read(folder, report_to=value)
+    assert config == read(folder)[0]
+    (notice,) = notices
+    assert notice.startswith("report_to: ")
+
+
+@pytest.mark.parametrize("value", ["all", ["all"]])
+def test_report_to_all_is_what_is_installed(folder: Path, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loradock_train.seed_keys.find_spec", lambda name: name == "mlflow" or None)
+    config, notices = read(folder, report_to=value)
+    assert config.report_to == ("mlflow",)
+    assert notices == ["report_to: all is read as report_to: [mlflow], those that are installed"]
+
+
 @pytest.mark.parametrize("key", [*UNUSED, "gradient_checkpointing_kwargs", "save_strategy", "eval_strategy"])
 def test_key_without_a_use_is_told_and_changes_nothing(folder: Path, key: str) -> None:
     config, notices = read(folder, **{key: "epoch"})

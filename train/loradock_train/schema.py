@@ -20,6 +20,7 @@ def train_schema() -> dict[str, Any]:
         properties[name] = _old_key(name, properties)
     properties["optim"]["enum"] += sorted(OPTIMISERS)
     properties["lr_scheduler_type"]["enum"].append("constant_with_warmup")
+    properties["report_to"]["anyOf"].append({"enum": ["none", "all"], "type": "string"})
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,

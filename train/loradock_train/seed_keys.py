@@ -59,6 +59,7 @@ BEST_BY = {
     "token_f1": "token_f1",
 }
 """By the metric's name there, in small letters and without eval_. A bare f1 may be macro_f1 or token_f1."""
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 BOOLEANS = frozenset({"flash_attention_2", "fp16", "bf16"})
 OLD_KEYS = frozenset({*RENAMED, *UNUSED, *SPECIAL})
 
@@ -285,6 +286,18 @@ def _checkpointing(done: Translation) -> None:
         done.drop("gradient_checkpointing_kwargs", "checkpointing is never reentrant here")
 
 
+def _trackers(done: Translation) -> None:
+    """transformers' two words: `none`, and `all` that are installed."""
+    value = done.values.get("report_to")
+    word = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if word == "none":
+        done.drop("report_to", "the lines of metrics.jsonl go nowhere else by themselves")
+    elif word == "all":
+        found = [name for name in TRACKERS if find_spec(name) is not None]
+        done.values["report_to"] = found
+        done.notices.append(f"report_to: all is read as report_to: [{', '.join(found)}], those that are installed")
+
+
 _RULES: tuple[Callable[[Translation], None], ...] = (
     _flash_attention,
     _half_precision,
@@ -297,6 +310,7 @@ _RULES: tuple[Callable[[Translation], None], ...] = (
     _padding,
     _resources,
     _checkpointing,
+    _trackers,
 )
 
 
