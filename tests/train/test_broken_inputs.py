@@ -266,6 +266,9 @@ FILES = [
     ),
     chat("content", "messages[0]: missing or non-string 'content'", {"role": "user"}, ANSWER),
     chat("no answer", "Example has no assistant message to learn from (at least one with weight 1 is needed)", USER),
+    chat(
+        "answer to nothing", "messages[0]: an answer that nothing comes before is never asked for", ANSWER, USER, ANSWER
+    ),
     chat("weight", "messages[1]: 'weight' must be 0 or 1", USER, {**ANSWER, "weight": 0.5}),
     chat("weight of a user", "messages[0]: 'weight' must be 0 or 1, and on assistant", {**USER, "weight": 1}, ANSWER),
     chat("tools", "'tools' must be a list, found str", USER, ANSWER, tools="f"),

@@ -66,6 +66,9 @@ def check_chat(values: Mapping[str, Any], file: str | None = None) -> Iterator[s
     parallel = values.get("parallel_tool_calls") is not False
     yield from check_messages(messages, "messages", tool_names(values), parallel, file)
     yield from check_number(messages)
+    first = messages[0]
+    if isinstance(first, dict) and first.get("role") == "assistant" and first.get("weight", 1) == 1:
+        yield "messages[0]: an answer that nothing comes before is never asked for; set weight: 0, or put one before it"
     learnt = any(m.get("role") == "assistant" and m.get("weight", 1) == 1 for m in messages if isinstance(m, dict))
     if not learnt:
         yield "Example has no assistant message to learn from (at least one with weight 1 is needed)"
