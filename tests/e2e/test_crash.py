@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from loradock_testing.engine_look import EngineLook
 from loradock_testing.loradock_server import LoradockServer, children, engine_socket, group_processes, loradock_server
 from loradock_testing.tiny_models import make_adapter, make_llama
 from loradock_testing.waiting import until
@@ -49,7 +50,7 @@ def test_engine_process_killed_under_load_is_survived(server: LoradockServer, vi
     (launcher,) = children(server.pid)
     pid = next(pid for pid, title in group_processes(launcher).items() if victim in title and _is(victim, title))
 
-    seen = asyncio.run(_load_and_kill(server.url, pid))
+    seen = asyncio.run(_load_and_kill(server, pid))
 
     for text in seen.streams:
         events = [event for event in text.split("\n\n") if event]
@@ -75,11 +76,11 @@ def _is(victim: str, title: str) -> bool:
     return victim == "launcher.py" or "launcher.py" not in title
 
 
-async def _load_and_kill(url: str, pid: int) -> Seen:
+async def _load_and_kill(server: LoradockServer, pid: int) -> Seen:
     """Streams and whole requests in flight, then the kill, then one request more."""
     seen = Seen()
     running = asyncio.Event()
-    async with httpx.AsyncClient(base_url=url, timeout=240) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=240) as client:
         async with asyncio.TaskGroup() as group:
             for i in range(STREAMS):
                 group.create_task(_stream(client, f"adapter-{1 + i % 2}", seen, running))
@@ -88,7 +89,7 @@ async def _load_and_kill(url: str, pid: int) -> Seen:
                 group.create_task(_whole(client, ("base", "adapter-1")[i % 2], seen))
             # One that came after the kill would be held for the next engine, and then run for minutes.
             await until(lambda: _all_admitted(client), "every request has its turn on the engine", 60)
-            await asyncio.sleep(0.05)  # from the gateway to the engine
+            await until(lambda: _all_in_engine(server), "every request is in the engine", 60)
             os.kill(pid, signal.SIGKILL)
         seen.after = await client.post(
             "/v1/completions", json={"model": "adapter-1", "prompt": PROMPT, "max_tokens": 1}
@@ -101,6 +102,12 @@ async def _all_admitted(client: httpx.AsyncClient) -> bool:
     found = re.search(r'^loradock_queue_admitted\{engine="base"\} (\S+)', (await client.get("/metrics")).text, re.M)
     assert found is not None
     return float(found[1]) == STREAMS + WHOLES
+
+
+async def _all_in_engine(server: LoradockServer) -> bool:
+    """Whether the engine has them all: between the gateway and its engine lies a socket."""
+    look = await asyncio.to_thread(EngineLook, server)
+    return look.metric("num_requests_running") + look.metric("num_requests_waiting") == STREAMS + WHOLES
 
 
 def _body(model: str, **fields: object) -> dict[str, object]:

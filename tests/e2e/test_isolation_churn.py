@@ -12,7 +12,6 @@ back, and clients hang up. The truth is transformers in float32 with the adapter
 import asyncio
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from itertools import combinations
@@ -29,7 +28,8 @@ from loradock_testing.churn_api import Api, api_session
 from loradock_testing.churn_models import MAX_RANK
 from loradock_testing.churn_truth import Truth
 from loradock_testing.churn_world import BASE, MOVING, NAMES, make_world
-from loradock_testing.loradock_server import LoradockServer, engine_socket, loradock_server
+from loradock_testing.engine_look import EngineLook
+from loradock_testing.loradock_server import LoradockServer, loradock_server
 from loradock_testing.waiting import until
 
 pytestmark = pytest.mark.engine
@@ -73,22 +73,6 @@ def server(churn: Churn, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
 @pytest.fixture(scope="module")
 def truth(churn: Churn) -> Truth:
     return Truth(churn.world.base_dir)
-
-
-class EngineLook:
-    """What the base's engine says of itself."""
-
-    def __init__(self, server: LoradockServer) -> None:
-        transport = httpx.HTTPTransport(uds=str(engine_socket(server)))
-        with httpx.Client(transport=transport, base_url="http://engine", timeout=60) as client:
-            self.status: dict[str, Any] = client.get("/loradock/status").raise_for_status().json()
-            self._metrics = client.get("/metrics").raise_for_status().text
-
-    def metric(self, name: str) -> float:
-        """The sum of a metric's values; it must be there."""
-        values = re.findall(rf"^vllm:{name}(?:{{.*}})? (\S+)$", self._metrics, re.MULTILINE)
-        assert values, f"the engine has no metric {name}"
-        return sum(map(float, values))
 
 
 def test_thousand_adapters_are_registered(server: LoradockServer) -> None:

@@ -8,6 +8,7 @@ fail, so that the day vLLM mends its wrapper we know.
 import asyncio
 import math
 from collections.abc import Awaitable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,15 @@ async def test_mixed_traffic_on_ours_is_all_right(engine: VllmServer, world: Wor
         for name, path in world.adapters.items():
             await load(client, name, path)
         models = [BASE, *world.adapters]
-        stream = mixed_stream(client, models, share_cache=share_cache)
+        stream = partial(mixed_stream, client, models, share_cache=share_cache)
         run = f"meanwhile-{share_cache}-"
-        loading = while_loading(stream, lambda name, path: load(client, run + name, path), world.extra)
+        loading = while_loading(stream, lambda name, path: load(client, run + name, path), world.extra, least=10)
 
         (answers, loaded), fullest = await with_fullest_slots(client, loading)
 
         for number in range(loaded):
             await client.post("/loradock/adapters/unload", json={"name": f"{run}extra-{number}"})
-    assert len(answers) == 400
     assert fullest == SLOTS
-    assert loaded >= 10
     require_right(world, answers, {name: name for name in models})
 
 
@@ -83,8 +82,9 @@ async def test_mixed_traffic_on_stock_is_all_right(stock_engine: VllmServer, wor
         for name, path in world.adapters.items():
             await load_stock(client, name, path)
         models = [BASE, *world.adapters]
-        stream = mixed_stream(client, models, share_cache=False)
-        answers, _ = await while_loading(stream, lambda name, path: load_stock(client, name, path), world.extra)
+        stream = partial(mixed_stream, client, models, share_cache=False)
+        loading = while_loading(stream, lambda name, path: load_stock(client, name, path), world.extra, least=10)
+        answers, _ = await loading
     require_right(world, answers, {name: name for name in models})
 
 

@@ -112,11 +112,22 @@ async def mixed_stream(
 
 
 async def while_loading(
-    work: Awaitable[Result], load: Callable[[str, Path], Awaitable[None]], extra: Sequence[Path]
-) -> tuple[Result, int]:
-    """Do the work while adapters are loaded under ever new names; its result, and how many were loaded."""
-    task = asyncio.ensure_future(work)
+    work: Callable[[], Awaitable[list[Result]]],
+    load: Callable[[str, Path], Awaitable[None]],
+    extra: Sequence[Path],
+    least: int,
+) -> tuple[list[Result], int]:
+    """Do the work while adapters are loaded under ever new names, and again until at least so many were; its results,
+    and how many were loaded."""
     loaded = 0
+
+    async def again() -> list[Result]:
+        results = await work()
+        while loaded < least:
+            results += await work()
+        return results
+
+    task = asyncio.ensure_future(again())
     while not task.done():
         await load(f"extra-{loaded}", extra[loaded % len(extra)])
         loaded += 1
