@@ -258,7 +258,7 @@ async def test_client_that_takes_nothing_any_more_is_let_go(head: str, monkeypat
 
 async def test_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lean_protocol, "STALLED_S", 0.8)
-    size = 10_000_000
+    size = 30_000_000  # more than sockets hold for a reader, so that some waits when it is looked for progress
 
     async def large(_receive: Receive, send: Send) -> None:
         await start(send, (b"content-length", b"%d" % size))
@@ -271,7 +271,7 @@ async def test_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytes
         Client(reader, writer).write(POST)
         got = len(await reader.readuntil(b"\r\n\r\n")) * 0
         while got < size:
-            got += len(await reader.readexactly(min(1_000_000, size - got)))
+            got += len(await reader.readexactly(min(2_000_000, size - got)))
             await asyncio.sleep(0.15)
         assert got == size
         writer.close()
