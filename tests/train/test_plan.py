@@ -2,6 +2,8 @@
 whole against what real steps allocate."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -334,3 +336,10 @@ def test_peak_meter_sees_what_came_and_went() -> None:
         block = torch.ones(size // 4)
         del block
         assert meter.growth_bytes() >= 0.9 * size
+
+
+def test_peak_is_that_of_the_process_and_not_of_the_one_that_started_it() -> None:
+    ballast = b"x" * 2**30
+    program = "from loradock_train.peak import peak_bytes; print(peak_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < len(ballast)

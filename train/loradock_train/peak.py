@@ -41,6 +41,11 @@ class PeakMeter:
         return max(0, _status_bytes("VmHWM") - self.base_bytes)
 
 
+def peak_bytes() -> int:
+    """The most that was resident. `ru_maxrss` says the same, but begins at what its parent process had."""
+    return _status_bytes("VmHWM")
+
+
 def available_bytes() -> int | None:
     """What this process can still take on its device; None where nobody says."""
     if torch.cuda.is_available():

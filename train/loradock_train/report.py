@@ -1,7 +1,6 @@
 """What a run tells afterwards: the summary (run.json) and the passport (loradock.json). Writes nothing itself."""
 
 import hashlib
-import resource
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ from loradock_train.dataset import DataReport
 from loradock_train.encode import stop_token_ids
 from loradock_train.model import Precision, base_directory
 from loradock_train.parameters import parameter_report
+from loradock_train.peak import peak_bytes
 from loradock_train.processes import gather_objects, world_size
 from loradock_train.proof import Proof
 from loradock_train.results import perplexity_of
@@ -59,7 +59,7 @@ def summarise(
     losses = [entry["loss"] for entry in outcome.history if "loss" in entry]
     exported = outcome.scored.exported_step
     evals = [entry["eval_loss"] for entry in outcome.history if "eval_loss" in entry and entry["step"] <= exported]
-    peaks = gather_objects(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_memory_bytes())
+    peaks = gather_objects(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes())
     return {
         "kind": config.kind,
         "base": config.model_id,
@@ -141,10 +141,6 @@ def card_license(base: Path | None) -> str | None:
         return None
     named = front.get("license") if isinstance(front, dict) else None
     return named[:200] if isinstance(named, str) else None
-
-
-def _peak_memory_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def versions() -> dict[str, str]:
