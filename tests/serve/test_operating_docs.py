@@ -28,6 +28,8 @@ ANYTHING = {"status"}
 FOREIGN = (
     *("Address already in use", "cannot open shared object file", "No module named", "Free memory on device"),
     *("is less than desired", "No available memory for the cache blocks"),
+    "Insufficient space in",
+    "Engine core initialization failed",
 )
 """What the operating system and vLLM say."""
 
