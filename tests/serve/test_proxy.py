@@ -281,18 +281,14 @@ async def test_dedicated_engine_that_dies_starts_again_with_the_next_request(sha
 
 async def test_client_that_leaves_a_stream_aborts_it_in_the_engine(shared: Served) -> None:
     before = await aborted(shared)
-    gone = metrics.REQUESTS.labels("/v1/completions", metrics.CLIENT_GONE)._value
-    gone_before = gone.get()
     async with open_stream(shared, "a !hang") as answer:
         await anext(answer.aiter_lines())
-        assert (await aborted(shared), gone.get()) == (before, gone_before)
 
     async def is_aborted() -> bool:
         return await aborted(shared) == before + 1
 
     await until(is_aborted, "the abort")
     await until(lambda: metrics.IN_FLIGHT._value.get() == 0, "the end of the request")
-    assert gone.get() == gone_before + 1
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -305,7 +301,6 @@ async def test_client_that_leaves_before_the_first_byte_aborts_it_in_the_engine(
         return len((await shared.seen())["requests"]) > count
 
     await until(has_arrived, "the request")
-    assert (await aborted(shared), metrics.IN_FLIGHT._value.get()) == (before, 1)
     asking.cancel()
 
     async def is_aborted() -> bool:
