@@ -9,6 +9,7 @@ import pytest
 from loradock_train.chat import as_served, functions_as_tools
 from loradock_train.errors import DataError
 from loradock_train.rows import Format, read_rows
+from loradock_train.stream import open_stream
 
 
 def read(path: Path, wanted: Format | None = None) -> Format:
@@ -115,6 +116,16 @@ def test_bytes_that_are_no_utf8_name_their_line(tmp_path: Path) -> None:
 
 def test_empty_file_has_no_data(tmp_path: Path) -> None:
     assert "train_path has no data" in complaint(jsonl(tmp_path, ""))
+
+
+def test_files_of_a_directory_that_are_not_read_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    for name in ("b.JSONL", "c.parquet", "d.json", "e.csv", "README.md", "cat.png"):
+        (tmp_path / name).write_text("{}")
+    told = f"train_path: not read in {tmp_path}, being no .jsonl or .txt: 4 (b.JSONL, c.parquet, d.json, …)"
+    assert read_rows([str(tmp_path)], "auto", "train_path").notices == (told,)
+    _, rows = open_stream([str(tmp_path)], "auto", "train_path", 10, 0)
+    assert rows.notices == (told,)
 
 
 def test_directory_without_data_is_refused(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from loradock_train.urls import missing_told, open_system, redacted
 KINDS = (".jsonl", ".txt")
 COMPRESSIONS = ("", ".gz", ".zst")
 ENDINGS = tuple(kind + compression for kind in KINDS for compression in COMPRESSIONS)
+LIKE_DATA = (".json", ".jsonl", ".ndjson", ".text", ".parquet", ".arrow", ".csv", ".tsv", ".zip", ".bz2", ".xz")
+"""Endings of files that somebody may have meant to be read; in any case, unlike ours."""
 EXPECTED = "a .jsonl or .txt file (as it is, or .gz or .zst), or a directory of them"
 CHUNK_BYTES = 1 << 16
 PORTION_BYTES = 512
@@ -230,6 +232,20 @@ def data_files(paths: Sequence[str], key: str) -> list[DataFile]:
             raise DataError(f"{key} has no data:", [Problem(name, "no .jsonl or .txt file in this directory")])
         files.extend(found)
     return files
+
+
+def passed_over(paths: Sequence[str], key: str) -> tuple[str, ...]:
+    """For each local directory, what in it looks like data and is not read."""
+    told = []
+    for name in paths:
+        inside = Path(name).rglob("*") if not is_url(name) and Path(name).is_dir() else ()
+        others = sorted(
+            file.name for file in inside if file.name.lower().endswith(LIKE_DATA) and not file.name.endswith(ENDINGS)
+        )
+        if others:
+            named = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+            told.append(f"{key}: not read in {name}, being no .jsonl or .txt: {len(others)} ({named})")
+    return tuple(told)
 
 
 def _local(path: Path) -> list[DataFile] | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from loradock_train.chat import check_chat, has_functions
 from loradock_train.errors import DataError, Problem
-from loradock_train.files import DataFile, data_files
+from loradock_train.files import DataFile, data_files, passed_over
 from loradock_train.images import image_files, sources_of
 from loradock_train.preference_rows import check_preference, is_preference
 
@@ -99,7 +99,7 @@ def read_rows(paths: Sequence[str], wanted: Format | Literal["auto"], key: str) 
     for _, sha256 in images:
         digest.update(bytes.fromhex(sha256))
     old = sum(found == "chat" and has_functions(row.values) for row in rows)
-    notices = unread_keys(rows, found, key)
+    notices = (*passed_over(paths, key), *unread_keys(rows, found, key))
     if old:
         told = f"{key}: {count_of(old, 'row')} with the old functions and function_call read as tools and tool_calls"
         notices = (told, *notices)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, Literal, Protocol
 
 from loradock_train.errors import MAX_SHOWN, DataError, Problem
-from loradock_train.files import DataFile, data_files
+from loradock_train.files import DataFile, data_files, passed_over
 from loradock_train.order import shard_order
 from loradock_train.rows import Format, Row, Rows, check_row, count_of, decide_format, parse_line, unread_keys
 
@@ -258,4 +258,5 @@ def open_stream(
     shards: list[Shard] = []
     for path in paths:
         shards.extend(hub_shards(path, key) if is_hub(path) else [FileShard(file) for file in data_files([path], key)])
-    return Stream(key, tuple(shards), buffer_rows, seed, wanted).first()
+    stream, rows = Stream(key, tuple(shards), buffer_rows, seed, wanted).first()
+    return stream, replace(rows, notices=(*passed_over(paths, key), *rows.notices))
