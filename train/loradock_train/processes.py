@@ -6,6 +6,7 @@ LORADOCK_RENDEZVOUS, a file). Process 0 prints and writes; the others compute. K
 torch only where there are several processes.
 """
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -77,6 +78,9 @@ def connected() -> Iterator[None]:
         barrier()  # nobody closes a connection that another one still reads from
     finally:
         distributed.destroy_process_group()
+        # The group lives on in a cycle of references, and its threads with it. Where Python is taken down under one
+        # that still drops a tensor, the whole process aborts.
+        gc.collect()
 
 
 def barrier() -> None:

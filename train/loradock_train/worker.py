@@ -13,7 +13,7 @@ import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from loradock_train.launch import WorkOrder
@@ -60,5 +60,13 @@ def _train(order: "WorkOrder") -> None:
     train_here(config, order.notices, order.name, Path(order.directory), order.overwrite, order.resume, err)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process as it stands: all is written, and whatever of torch's and its libraries' threads is left (of a
+    run that failed, say) could abort it while Python is taken down."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    leave(main(Path(sys.argv[1])))
