@@ -13,10 +13,12 @@ from loradock_adapters.base import base_from
 from loradock_adapters.checkpoint import read_checkpoint
 from loradock_adapters.cli import run as loradock
 from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, EngineLimits
+from loradock_adapters.errors import UsageError
 from loradock_adapters.gate import judge
 from loradock_testing.tiny_models import make_tokenizer
 from loradock_train import load_config, train
 from loradock_train.check import check
+from loradock_train.starting import check_start
 
 ROWS = [{"prompt": f"def f{i}():", "completion": f" return {i}"} for i in range(4)]
 SIZES: dict[str, dict[str, Any]] = {
@@ -252,3 +254,61 @@ def test_stream_and_classification_head_are_checked_by_their_own_data_code(
     headed = check(config)
     assert (headed.problems, headed.forecast, headed.exit_code) == ([], None, 0)
     assert any("classification head" in notice for notice in headed.notices)
+
+
+# ---- what training refuses at its start -----------------------------------------------------------------------------
+
+HEAD = {"kind": "sequence_classification", "labels": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"fsdp": {}},
+        {"fsdp": {}, "optim": "adafactor", "num_devices": 1},
+        {"report_to": "mlflow"},
+        {"preference": {}},
+        {"optim": "paged_adamw_8bit"},
+    ],
+    ids=["fsdp in one process", "fsdp with a number", "tracker", "preference", "optimiser"],
+)
+def test_what_training_refuses_at_its_start_is_refused_in_the_same_words(
+    bases: dict[str, Path], tmp_path: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loradock_train.trackers.find_spec", lambda _name: None)
+    if torch.cuda.is_available() and "optim" in values and "fsdp" not in values:
+        pytest.skip("this machine has what is refused elsewhere")
+    config = write_config(tmp_path, bases["llama"], {"r": 4}, **values)
+    report = check(config)
+    assert report.exit_code == 2
+    with pytest.raises(UsageError) as refused:
+        train(config, output=tmp_path / "run")
+    told = [problem.message for problem in report.problems]
+    assert any(message in str(refused.value) for message in told), (told, str(refused.value))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"preference": {}}, "preference: trains in one process"),
+        ({"task": HEAD, "valid_path": "rows.jsonl"}, "a classification head trains in one process"),
+        ({"on_out_of_memory": "adapt"}, "on_out_of_memory: adapt works with one process, this run has 2"),
+        ({"fsdp": {}, "best_by": "eval_loss", "valid_path": "rows.jsonl"}, "fsdp needs a run without best_by"),
+    ],
+    ids=["preference", "head", "adapt", "best"],
+)
+def test_what_several_processes_cannot_do_is_refused_by_their_number(
+    bases: dict[str, Path], tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    config = write_config(tmp_path, bases["llama"], {"r": 4}, num_devices=2, **values)
+    report = check(config)
+    assert any(message in problem.message for problem in report.problems)
+    with pytest.raises(UsageError, match=message):
+        check_start(load_config(config)[0], 2)
+
+
+def test_division_over_processes_is_fine_for_as_many_as_are_asked_for(bases: dict[str, Path], tmp_path: Path) -> None:
+    config = write_config(tmp_path, bases["llama"], {"r": 4}, fsdp={})
+    assert loradock(["check", str(config)]) == 2
+    assert loradock(["check", str(config), "--nproc", "2"]) == 0
+    assert loradock(["check", str(config), "--set", "num_devices=2"]) == 0

@@ -121,13 +121,12 @@ def test_division_over_one_process_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_best_weights_of_a_divided_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_weights_of_a_divided_model_are_refused() -> None:
     """One process keeps them, and it has a part of every parameter."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
     values = {"model_id": "m", "train_path": ("r.jsonl",), "valid_path": ("v.jsonl",), "fsdp": {}}
-    check_shardable(TrainConfig.model_validate(values))
+    check_shardable(TrainConfig.model_validate(values), 2)
     with pytest.raises(ModelError, match="fsdp needs a run without best_by"):
-        check_shardable(TrainConfig.model_validate({**values, "best_by": "eval_loss"}))
+        check_shardable(TrainConfig.model_validate({**values, "best_by": "eval_loss"}), 2)
 
 
 def test_section_that_is_switched_off_divides_nothing(base: Path, tmp_path: Path, write_rows: WriteRows) -> None:

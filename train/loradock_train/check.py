@@ -23,12 +23,15 @@ from loradock_train.config_sections import LoraOptions
 from loradock_train.dataset import DataReport
 from loradock_train.doctor import Examination, examine
 from loradock_train.errors import ConfigError, DataError, ModelError, Problem
-from loradock_train.model import EMBEDDING_NAMES, base_config, check_machine
+from loradock_train.model import EMBEDDING_NAMES, base_config
 from loradock_train.parameters import ParameterCount, count_parameters
 from loradock_train.placement import DEFAULT_TARGET, Forecast, Target, foretell
+from loradock_train.preference import check_preference_run
+from loradock_train.processes import world_size
 from loradock_train.remote import local_base
 from loradock_train.rewrite import Change, advise_rank, propose, untie
 from loradock_train.rows import Rows
+from loradock_train.starting import start_problems
 from loradock_train.stream import Stream
 from loradock_train.tokenizer import make_tokenizer
 from loradock_train.vision import make_encoder, make_processor
@@ -99,14 +102,12 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target = DEFA
     that is in the report."""
     config, notices = load_config(path, overrides)
     report = Report(config, target.name, notices=notices)
-    try:
-        check_machine(config)
-    except ModelError as error:
-        report.problems.append(Problem("machine", str(error)))
+    report.problems.extend(start_problems(config, max(config.num_devices, world_size())))
     try:
         config, copied = local_base(config)
         report.notices.extend(copied)
         rows, stream = open_rows(config)
+        check_preference_run(config, rows.format)
         tokenizer = make_tokenizer(config, rows)
         architecture = base_config(config) if config.model_id is not None else None
         processor = make_processor(config, architecture, rows, tokenizer)

@@ -30,7 +30,6 @@ from loradock_train.config import TrainConfig
 from loradock_train.config_sections import LoraOptions
 from loradock_train.errors import ModelError
 from loradock_train.parameters import count_parameters as count_parameters
-from loradock_train.processes import world_size
 from loradock_train.quantised import check_quantisation, keep_differentiable, loading_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -101,8 +100,8 @@ def base_directory(model_id: str) -> Path | None:
     return directory if directory is not None and any(directory.glob("*.safetensors")) else None
 
 
-def check_machine(config: TrainConfig) -> None:
-    """Refuse, before anything is loaded, what this machine cannot do. Raises ModelError."""
+def check_machine(config: TrainConfig, processes: int = 1) -> None:
+    """Refuse, before anything is loaded, what this machine cannot do. Raises ModelError and UsageError."""
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ModelError("mixed_precision: fp16 needs a GPU; on a CPU use bf16, or no")
     if ("8bit" in config.optim or "paged" in config.optim) and find_spec("bitsandbytes") is None:
@@ -112,9 +111,9 @@ def check_machine(config: TrainConfig) -> None:
     if "paged" in config.optim and not torch.cuda.is_available():
         raise ModelError(f"optim: {config.optim} pages between a GPU and its host; without a GPU use adamw_8bit")
     check_quantisation(config.quantisation)
-    if config.on_out_of_memory == "adapt" and world_size() > 1:
+    if config.on_out_of_memory == "adapt" and processes > 1:
         raise UsageError(
-            f"on_out_of_memory: adapt works with one process, this run has {world_size()}: processes that cut "
+            f"on_out_of_memory: adapt works with one process, this run has {processes}: processes that cut "
             "their batches differently would wait for each other; set on_out_of_memory: error"
         )
     if config.attn_implementation == "flash_attention_2" and find_spec("flash_attn") is None:

@@ -18,13 +18,14 @@ from loradock_train.config import TrainConfig
 from loradock_train.config_file import load_config
 from loradock_train.cost import clock
 from loradock_train.errors import ModelError
-from loradock_train.model import base_config, check_base, check_machine
+from loradock_train.model import base_config, check_base
 from loradock_train.peak import PeakMeter
 from loradock_train.plan import Plan
 from loradock_train.plan_facts import plan_run
 from loradock_train.processes import world_size
 from loradock_train.remote import local_base
 from loradock_train.shared import Alone
+from loradock_train.starting import check_start
 from loradock_train.tokenizer import make_tokenizer
 from loradock_train.vision import make_processor
 
@@ -36,11 +37,12 @@ def plan_of_config(path: str | Path, overrides: Sequence[str] = (), nodes: int =
     the run would raise. nodes: machines, each with the config's num_devices."""
     config, _ = local_base(load_config(path, overrides)[0])
     set_seed(config.seed)
+    processes = config.num_devices * nodes
     if not can_plan(config):
         raise UsageError(
             f"--plan counts text models that each process holds whole, and this config has {', '.join(_beyond(config))}"
         )
-    check_machine(config)
+    check_start(config, processes)
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = open_rows(config)
     tokenizer = make_tokenizer(config, rows)
@@ -49,7 +51,6 @@ def plan_of_config(path: str | Path, overrides: Sequence[str] = (), nodes: int =
     if make_processor(config, architecture, rows, tokenizer) is not None:
         raise UsageError("--plan counts text models, and this base sees images")
     data = load_data(config, rows, tokenizer, stream=stream)
-    processes = config.num_devices * nodes
     plan = plan_run(config, tokenizer, data, processes)
     if plan.fits is False or processes > 1:
         return plan

@@ -23,7 +23,6 @@ from loradock_train.config_preference import PreferenceOptions
 from loradock_train.dataset import Collator, DataReport
 from loradock_train.encode import IGNORED, Encoder, Example
 from loradock_train.errors import DataError, ModelError, Problem
-from loradock_train.processes import world_size
 from loradock_train.rows import Row, Rows
 from loradock_train.trainer import LoradockTrainer
 
@@ -40,8 +39,6 @@ def check_preference_run(config: TrainConfig, row_format: str) -> None:
         raise DataError("train_path cannot be trained on:", [Problem("preference", told)])
     if find_spec("trl") is None:
         raise ModelError("preference needs TRL, which is not installed: pip install 'loradock[preference]'")
-    if world_size() > 1:
-        raise ModelError("preference trains in one process; take --nproc, num_devices and the launcher away")
     targets = () if config.lora_config is None else config.lora_config.target_modules
     if "lm_head" in targets:
         raise ModelError("preference: TRL does not train an adapter on lm_head; remove it from target_modules")

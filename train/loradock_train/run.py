@@ -48,7 +48,6 @@ from loradock_train.model import (
     Precision,
     base_config,
     check_base,
-    check_machine,
 )
 from loradock_train.peak import PeakMeter
 from loradock_train.placement import foretell
@@ -73,12 +72,11 @@ from loradock_train.saves import (
 )
 from loradock_train.schedule import length_of, length_of_stream, without_effect
 from loradock_train.scoring import write_scores
-from loradock_train.shard import check_shardable
 from loradock_train.shared import Alone
 from loradock_train.similarity import make_judge
+from loradock_train.starting import check_start
 from loradock_train.sweep import run_sweep
 from loradock_train.tokenizer import make_tokenizer, tokenizer_sha256
-from loradock_train.trackers import check_trackers
 from loradock_train.vision import make_processor
 
 
@@ -275,9 +273,7 @@ def _read(
 
     The architecture is the base's, None where there is no base. `notices` gets what there is to say of all that.
     """
-    check_machine(config)
-    check_trackers(config.report_to)
-    check_shardable(config)
+    check_start(config, world_size())
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = shared.once("rows", lambda: open_rows(config))
     check_preference_run(config, rows.format)

@@ -23,15 +23,15 @@ from loradock_train.model import inner_model
 from loradock_train.processes import is_main, world_size
 
 
-def check_shardable(config: TrainConfig) -> None:
-    """Raises ModelError for what several processes cannot do, and for what cannot be divided."""
+def check_shardable(config: TrainConfig, processes: int) -> None:
+    """Raises ModelError for what that many processes cannot do, and for what cannot be divided."""
     alone = "preference:" if config.preference is not None else "a classification head" if config.has_head else None
-    if world_size() > 1 and alone is not None:
+    if processes > 1 and alone is not None:
         raise ModelError(f"{alone} trains in one process: its loss is no mean over tokens; leave out --nproc")
     if not config.is_sharded or config.fsdp is None:
         return
     told = {
-        "several processes: start it with --nproc N, or set num_devices": world_size() == 1,
+        "several processes: start it with --nproc N, or set num_devices": processes == 1,
         "bf16 or float32 arithmetic: set mixed_precision: bf16": config.mixed_precision == "fp16",
         "an optimiser that knows divided tensors: set optim: adamw_torch_fused": "8bit" in config.optim,
         "a run without task: (its scores need the whole model in one process)": config.task is not None,

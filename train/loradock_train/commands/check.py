@@ -19,6 +19,9 @@ def check(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, dotted.")
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Check for this many processes; as --set num_devices=N.")
+    ] = None,
     server: Annotated[
         str | None, typer.Option(help="Judge by the base and the limits of a running server.", metavar="URL")
     ] = None,
@@ -35,7 +38,8 @@ def check(
     """
     from loradock_train.config_file import load_config
 
-    load_config(config, set_ or [])  # a typo is told before the heavy imports
+    overrides = [*(set_ or []), *([f"num_devices={nproc}"] if nproc is not None else [])]
+    load_config(config, overrides)  # a typo is told before the heavy imports
     from loradock_train.quiet import quieten
 
     quieten()
@@ -45,13 +49,13 @@ def check(
     from loradock_train.placement import DEFAULT_TARGET, target_of_server
 
     target = DEFAULT_TARGET if server is None else target_of_server(server, api_key)
-    report = look(config, set_ or [], target)
+    report = look(config, overrides, target)
     if json:
         out_json(report.to_json())
     else:
         _print(report)
     if write is not None:
-        for notice in write_rewritten(config, set_ or [], report, write):
+        for notice in write_rewritten(config, overrides, report, write):
             note(f"note: {notice}")
         note(f"written: {write}")
     if report.exit_code:
