@@ -2,12 +2,17 @@
 
 A whole model takes minutes to compile, and again for every new width of a batch. Layers take half a minute once: batch
 and width are symbols in them. Only steps are compiled: validation, samples and proofs compute as they always do.
+
+torch compiles a layer again for a call unlike the earlier ones, up to a limit; past it, it runs the layer as it is, and
+says so in a warning of its own alone. So such calls are counted.
 """
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict, dataclass
+from types import CodeType
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,12 +45,43 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
+@dataclass
+class Tally:
+    """Forward passes of single layers that took gradients, those of recomputed activations among them."""
+
+    layer_calls: int = 0
+    uncompiled_calls: int = 0
+    """Of these, run as they are: torch would not compile the layer once more."""
+
+    def told(self) -> str | None:
+        """What is odd about it so far."""
+        if not self.uncompiled_calls:
+            return None
+        return (
+            f"torch_compile: {self.uncompiled_calls:,} of {self.layer_calls:,} calls of a layer so far ran uncompiled: "
+            f"they came in more kinds than torch compiles a layer for (its recompile_limit is {_limit()}, its own "
+            "warning names the reason). The results are the same, the time and memory are those of an uncompiled run; "
+            "padding: max_length, or packing, makes batches more alike"
+        )
+
+    def to_json(self) -> dict[str, int]:
+        """As run.json holds it."""
+        return asdict(self)
+
+
+def _limit() -> int:
+    from torch._dynamo import config  # as torch's own warning names it
+
+    return int(cast(Any, config).recompile_limit)
+
+
 @contextmanager
-def compiled_layers(model: nn.Module) -> Iterator[None]:
+def compiled_layers(model: nn.Module, tally: Tally) -> Iterator[None]:
     """The layers' forward is the compiled one while the block runs, wherever gradients are computed."""
     layers = layers_of(model)
+    codes: dict[type[nn.Module], CodeType] = {}
     for layer in layers:
-        layer.forward = _with_gradients(layer.forward)
+        layer.forward = _with_gradients(layer, codes, tally)
     try:
         yield
     finally:
@@ -53,10 +89,22 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _with_gradients(plain: Callable[..., Any]) -> Callable[..., Any]:
-    compiled = torch.compile(plain, dynamic=True)
+def _with_gradients(layer: nn.Module, codes: dict[type[nn.Module], CodeType], tally: Tally) -> Callable[..., Any]:
+    plain = layer.forward
+
+    def traced(*arguments: Any, **options: Any) -> Any:
+        if not torch.compiler.is_compiling():  # in compiled code this branch is not there: Python itself is running
+            tally.uncompiled_calls += 1
+        return plain(*arguments, **options)
+
+    # torch keeps what it compiled, and counts it, by the code: one for all layers of a class, one for each class.
+    traced.__code__ = codes.setdefault(type(layer), traced.__code__.replace(co_name=type(layer).__name__))
+    compiled = torch.compile(traced, dynamic=True)
 
     def forward(*arguments: Any, **options: Any) -> Any:
-        return (compiled if torch.is_grad_enabled() else plain)(*arguments, **options)
+        if not torch.is_grad_enabled():
+            return plain(*arguments, **options)
+        tally.layer_calls += 1
+        return compiled(*arguments, **options)
 
     return forward

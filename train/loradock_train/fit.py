@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loradock_train.agree import Agreement, common_clock
 from loradock_train.before import RunData
-from loradock_train.compiled import compiled_layers
+from loradock_train.compiled import Tally, compiled_layers
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import Collator
 from loradock_train.errors import RunStopped
@@ -101,7 +101,8 @@ def fit(
         )
         watch = _watch_over(trainer, config, model, tokenizer, data, precision, reporter, directory, console)
         trainer.facts, trainer.may_cut = facts_of(config, model, precision), config.on_out_of_memory == "adapt"
-        compiled = compiled_layers(model) if config.torch_compile else contextlib.nullcontext()
+        watch.compiled = Tally() if config.torch_compile else None
+        compiled = contextlib.nullcontext() if watch.compiled is None else compiled_layers(model, watch.compiled)
         try:
             with out_of_memory_told(trainer), compiled:
                 if save is None:
@@ -136,6 +137,7 @@ def fit(
         stream_report=None if feed is None else feed.report,
         scored=scored,
         notices=(*watch.notices, *trainer.notices),
+        compiled=watch.compiled,
     )
 
 

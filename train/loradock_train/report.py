@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from loradock_adapters.passport import Passport, PassportBase, weights_sha256
 from loradock_adapters.vocabulary import Vocabulary, read_vocabulary
+from loradock_train.compiled import Tally
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import DataReport
 from loradock_train.encode import stop_token_ids
@@ -45,6 +46,8 @@ class Outcome:
     """Of all rows that were read from a stream."""
     notices: tuple[str, ...] = ()
     """What was odd about the training."""
+    compiled: Tally | None = None
+    """Of a run whose layers are compiled."""
 
 
 def summarise(
@@ -83,6 +86,7 @@ def summarise(
         "num_devices": world_size(),
         "device": outcome.device,
         "used_own_loss": outcome.used_own_loss,
+        **({"torch_compile": outcome.compiled.to_json()} if outcome.compiled is not None else {}),
         "data": {key: asdict(report) for key, report in reports.items()},
         "notices": notices,
         "versions": versions(),

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loradock_train.compiled import Tally
 from loradock_train.config import TrainConfig
 from loradock_train.config_task import METRICS
 from loradock_train.model import Precision, has_fast_bf16
@@ -31,6 +32,9 @@ class Watch(TrainerCallback):
     ) -> None:
         """padded_share: of all tokens that the model computed so far."""
         self.notices: list[str] = []
+        self.compiled: Tally | None = None
+        """Of a run whose layers are compiled."""
+        self._has_told_uncompiled = False
         self._config, self._precision, self._reporter = config, precision, reporter
         self._learnt_share, self._vocabulary, self._padded_share = learnt_share, vocabulary, padded_share
         self._is_packed, self._show = is_packed, show
@@ -38,6 +42,9 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._steps_here += 1
+        if not self._has_told_uncompiled and self.compiled is not None and (odd := self.compiled.told()) is not None:
+            self._has_told_uncompiled = True
+            self._tell(odd)
         if self._steps_here == SLOW_CHECK_STEPS:
             for text in slow_advice(
                 self._padded_share(), self._is_packed, self._config.group_by_length, self._precision.arithmetic,
