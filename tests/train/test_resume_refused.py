@@ -130,12 +130,6 @@ def test_unfinished_run_is_neither_replaced_nor_gone_on_with_unasked(
     assert not (anew.directory / "saves").exists()
 
 
-def test_finished_run_has_nothing_to_resume(options: dict[str, Any], tmp_path: Path) -> None:
-    train(options, output=tmp_path / "run")
-    with pytest.raises(OutputError, match="a finished run: there is nothing to resume"):
-        train(options, output=tmp_path / "run", resume=True)
-
-
 def test_resume_before_anything_was_saved_begins(options: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')

@@ -34,6 +34,7 @@ from loradock_train.before import (
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from, load_config
 from loradock_train.cost import SpendMeter, cost_of, told
+from loradock_train.finished import Finished, finished
 from loradock_train.fit import fit
 from loradock_train.launch import (
     Machines,
@@ -124,7 +125,7 @@ def train(
     overrides: `key=value` texts, as for `--set`; only with a path.
     output: run directory; default the config's output_dir, else runs/<name of the YAML>.
     overwrite: replace a run that is already there.
-    resume: go on from the newest save of an unfinished run; where nothing was saved, begin.
+    resume: go on from the newest save of an unfinished run; where nothing was saved, begin; a finished one is returned.
     console: where progress is shown; default stderr.
     machines: which of several machines this is; default the only one.
     Raises UsageError and its kin for bad input, TrainError when training or its proof fails, RunStopped when SIGTERM
@@ -209,7 +210,11 @@ def _train_here(
     console: Console,
     shared: Alone,
 ) -> Run:
-    save = common_save(on_main(lambda: check_output(directory, overwrite, resume)))
+    there = on_main(lambda: _what_is_there(config, directory, overwrite, resume))
+    if isinstance(there, Finished):
+        _say(console, *there.lines())
+        return Run(directory, config.kind, there.summary)
+    save = common_save(there)
     started_s, spending = time.monotonic(), SpendMeter(None if save is None else save.spent)
     set_seed(config.seed)
 
@@ -259,6 +264,12 @@ def _train_here(
         return run
 
     return on_main(finish)
+
+
+def _what_is_there(config: TrainConfig, directory: Path, overwrite: bool, resume: bool) -> Finished | Save | None:
+    """A finished run, or the save to go on from. Raises what both raise."""
+    done = finished(config, directory, world_size()) if resume and not overwrite else None
+    return done if done is not None else check_output(directory, overwrite, resume)
 
 
 def _say(console: Console, *lines: str) -> None:
@@ -359,6 +370,8 @@ def _finish(
         price_per_hour=config.price_per_hour,
         power_watts=config.power_watts,
     )
-    write_text(directory / "run.json", json.dumps(summary, indent=2) + "\n")
+    temporary = directory / ".run.json.tmp"  # its presence says that the run is complete: it is there whole, or not
+    write_text(temporary, json.dumps(summary, indent=2) + "\n")
+    temporary.replace(directory / "run.json")
     shutil.rmtree(directory / FOLDER, ignore_errors=True)
     return Run(directory, config.kind, summary)

@@ -25,7 +25,7 @@ OUR_FILES = (
 def check_output(directory: Path, overwrite: bool, resume: bool) -> Save | None:
     """Refuse a directory that this run must not touch. Returns the save to go on from, None to begin at step 0.
 
-    Raises OutputError, UsageError, and ResumeError for a damaged save.
+    Whoever resumes has asked finished.py first. Raises OutputError, UsageError, and ResumeError for a damaged save.
     """
     if overwrite and resume:
         raise UsageError("--resume goes on with the run that is there, --overwrite replaces it: give one of the two")
@@ -37,8 +37,7 @@ def check_output(directory: Path, overwrite: bool, resume: bool) -> Save | None:
     if overwrite:
         return None
     if "run.json" in inside:
-        told = "a finished run: there is nothing to resume" if resume else "a run"
-        raise OutputError(f"{directory} already holds {told}; give another --output, or --overwrite to replace it")
+        raise OutputError(f"{directory} already holds a run; give another --output, or --overwrite to replace it")
     if resume:
         return newest_save(directory)
     saved = sorted(path.name for path in (directory / FOLDER).glob("step-*"))

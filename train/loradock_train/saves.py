@@ -217,14 +217,19 @@ def check_alike(identity: Identity) -> None:
         )
 
 
+def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Problem]:
+    """The keys of a config, in JSON's types, that make another run."""
+    return [
+        Problem(key, f"{_shown(then.get(key))} when the run began, {_shown(now.get(key))} now")
+        for key in sorted({*then, *now} - FREE_KEYS)
+        if then.get(key) != now.get(key)
+    ]
+
+
 def check_same(save: Save, now: Identity) -> list[str]:
     """Notices about what may differ. Raises ResumeError with everything that may not: config, data, tokenizer."""
     then = save.identity
-    problems = [
-        Problem(key, f"{_shown(then.config.get(key))} when the run began, {_shown(now.config.get(key))} now")
-        for key in sorted({*then.config, *now.config} - FREE_KEYS)
-        if then.config.get(key) != now.config.get(key)
-    ]
+    problems = changed_keys(then.config, now.config)
     for split in sorted({*then.data, *now.data}):
         problems.extend(_changed_files(f"{split}_path", then.data.get(split, []), now.data.get(split, [])))
     if then.tokenizer_sha256 != now.tokenizer_sha256:

@@ -15,6 +15,7 @@ from typing import Any
 
 from loradock_train.config import TrainConfig
 from loradock_train.errors import OutputError
+from loradock_train.finished import finished
 from loradock_train.rundir import check_output
 from loradock_train.shared import Shared
 
@@ -42,20 +43,20 @@ def run_sweep(
 ) -> dict[str, Any]:
     """Train every adapter that is not there yet. Returns what sweep.json holds.
 
-    run: trains one: config, name, directory, whether to resume, what is shared; returns its run.json.
+    run: trains one, or finds it finished: config, name, directory, whether to resume, what is shared; returns its
+    run.json.
     """
     legs = legs_of(config)
     _check_directory(directory, legs)
     done = {name for name in legs if resume and (directory / name / "run.json").is_file()}
-    for name in legs.keys() - done:
-        check_output(directory / name, overwrite, resume)
-    shared, told = Shared(), []
     for name, leg in legs.items():
         if name in done:
-            summary = json.loads((directory / name / "run.json").read_text(encoding="utf-8"))
+            finished(leg, directory / name, num_processes=1)  # raises where it is another one's
         else:
-            summary = run(leg, name, directory / name, resume, shared)
-        told.append(_row(name, summary))
+            check_output(directory / name, overwrite, resume)
+    shared, told = Shared(), []
+    for name, leg in legs.items():
+        told.append(_row(name, run(leg, name, directory / name, resume, shared)))
     summary = {"kind": "sweep", "legs": told, "best": best_of(told)}
     chosen = next((row for row in told if row["name"] == summary["best"]), told[0])
     summary |= {key: chosen[key] for key in ("final_train_loss", "final_eval_loss")}

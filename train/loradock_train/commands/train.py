@@ -51,7 +51,7 @@ def train(
     cpus_per_worker: Annotated[float, typer.Option(min=0, help="CPU cores that Ray gives each of them.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/<name of the YAML>.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run that is there.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is there.")] = False,
     push: Annotated[
         str | None, typer.Option("--push", metavar="NAME", help="Publish the run under this name when it succeeds.")
     ] = None,
