@@ -225,7 +225,7 @@ def test_what_a_kill_left_of_a_save_is_no_save_and_is_swept_away(tmp_path: Path)
 def test_saves_are_due_by_the_clock_counted_from_the_last_one() -> None:
     now = [0.0]
     config = TrainConfig(model_id="m", train_path=("x",), save_every_s=10.0)
-    saver = Saver(config, StopRequest(), clock=lambda: now[0])
+    saver = Saver(config, StopRequest(), save_steps=None, clock=lambda: now[0])
     arguments, state = TrainingArguments(output_dir="x", use_cpu=True), TrainerState(max_steps=100)
     due: list[int] = []
     for step, at in enumerate([4.0, 9.0, 12.0, 15.0, 21.0, 22.5], start=1):

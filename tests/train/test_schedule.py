@@ -3,9 +3,19 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+from transformers import TrainerState, TrainingArguments
 
 from loradock_train.config import TrainConfig
-from loradock_train.schedule import Length, learning_rate_factor, length_of, without_effect
+from loradock_train.schedule import (
+    Intervals,
+    Length,
+    intervals_of,
+    learning_rate_factor,
+    length_of,
+    shares_told,
+    without_effect,
+)
 
 
 def config(**values: Any) -> TrainConfig:
@@ -89,3 +99,58 @@ def test_what_has_no_effect_is_told(keys: dict[str, Any], told: str) -> None:
     made = config(**keys)
     notices = without_effect(made, length_of(made, 100, num_devices=1))
     assert [notice.startswith(told) for notice in notices] == ([True] if told else [])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.07, 1 / 3, 0.999, 1e-9])
+@pytest.mark.parametrize("steps", [1, 7, 100])
+def test_share_of_the_run_is_the_number_that_transformers_makes_of_it(share: float, steps: int) -> None:
+    made = config(logging_steps=share, eval_steps=share, save_steps=share, max_steps=steps)
+    theirs = TrainerState(max_steps=steps)
+    arguments = TrainingArguments(
+        output_dir="x", use_cpu=True, logging_steps=share, eval_steps=share, save_steps=share, eval_strategy="steps"
+    )  # fmt: skip
+    theirs.compute_steps(arguments, steps)  # type: ignore[no-untyped-call]
+    found = intervals_of(made, Length(10, steps, None))
+    assert found == Intervals(theirs.logging_steps, theirs.eval_steps, theirs.save_steps)
+    assert found.evaluation >= 1
+
+
+def test_whole_numbers_and_defaults_of_intervals() -> None:
+    assert intervals_of(config(), Length(12, 36, None)) == Intervals(10, 12, None)
+    whole = config(logging_steps=3.0, eval_steps=4, save_steps=1)
+    assert intervals_of(whole, Length(12, 36, None)) == Intervals(3, 4, 1)
+    assert '"logging_steps":3,' in whole.model_dump_json()
+    stream = config(streaming=True, max_steps=25)
+    assert intervals_of(stream, Length(10**9, 25, None)).evaluation == 3
+    assert shares_told(whole, Length(12, 36, None)) == []
+
+
+def test_shares_are_told_as_steps() -> None:
+    told = shares_told(config(eval_steps=0.25, save_steps=0.1, valid_path="y"), Length(500, 1500, None))
+    assert told == ["eval_steps 0.25 of 1,500 steps: every 375", "save_steps 0.1 of 1,500 steps: every 150"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"eval_steps": 0.5, "streaming": True, "num_epochs": 1}, "eval_steps 0.5 is a share .* how many a stream has"),
+        (
+            {"save_steps": 0.5, "max_time_s": 9},
+            "save_steps 0.5 is a share .* fit into max_time_s is not known",
+        ),
+        ({"eval_steps": 1.5}, "must be a whole number of steps"),
+        ({"eval_steps": 0}, "must be a whole number of steps"),
+        ({"logging_steps": -0.5}, "must be a whole number of steps"),
+        ({"logging_steps": True}, "must be a whole number of steps"),
+        ({"save_steps": "ten"}, "must be a whole number of steps"),
+        ({"logging_steps": None}, "logging_steps"),
+    ],
+)
+def test_share_of_what_is_not_known_and_odd_numbers_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(**values)
+
+
+@pytest.mark.parametrize("values", [{"max_time_s": 9, "num_epochs": 1}, {"streaming": True, "max_steps": 5}, {}])
+def test_share_of_what_is_known_is_taken(values: dict[str, Any]) -> None:
+    assert config(eval_steps=0.5, **values).eval_steps == 0.5

@@ -31,6 +31,7 @@ from loradock_train.processes import world_size
 from loradock_train.remote import local_base
 from loradock_train.rewrite import Change, advise_rank, propose, untie
 from loradock_train.rows import Rows
+from loradock_train.schedule import schedule_notices
 from loradock_train.starting import start_problems
 from loradock_train.stream import Stream
 from loradock_train.tokenizer import make_tokenizer
@@ -102,7 +103,7 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target = DEFA
     that is in the report."""
     config, notices = load_config(path, overrides)
     report = Report(config, target.name, notices=notices)
-    report.problems.extend(start_problems(config, max(config.num_devices, world_size())))
+    report.problems.extend(start_problems(config, processes_of(config)))
     try:
         config, copied = local_base(config)
         report.notices.extend(copied)
@@ -120,6 +121,11 @@ def check(path: str | Path, overrides: Sequence[str] = (), target: Target = DEFA
     else:
         _look_at_model(config, tokenizer, target, report)
     return report
+
+
+def processes_of(config: TrainConfig) -> int:
+    """Of the run, as far as its config and this process's environment say."""
+    return max(config.num_devices, world_size())
 
 
 def _problems(error: UsageError, where: str) -> Sequence[Problem]:
@@ -142,7 +148,9 @@ def _look_at_data(
     try:
         report.examined["train"] = examine(rows, encoder, config.context_length, splits_long)
         report.advice.extend(_advise_length(config, report.examined["train"], splits_long))
-        report.data = load_data(config, rows, tokenizer, processor, stream).reports
+        loaded = load_data(config, rows, tokenizer, processor, stream)
+        report.data = loaded.reports
+        report.notices.extend(schedule_notices(config, len(loaded.train), stream is not None, processes_of(config)))
     except (DataError, ModelError) as error:
         report.problems.extend(_problems(error, "data"))
     for key, data in report.data.items():

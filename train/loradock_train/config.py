@@ -15,7 +15,16 @@ from loradock_train.config_preference import PreferenceOptions
 from loradock_train.config_quantisation import QuantisationOptions
 from loradock_train.config_rules import require_keys_that_fit
 from loradock_train.config_scratch import Expected, SampleOptions
-from loradock_train.config_sections import LoraOptions, Names, Paths, Section, TokenizerOptions, as_tuple, list_as_tuple
+from loradock_train.config_sections import (
+    LoraOptions,
+    Names,
+    Paths,
+    Section,
+    Steps,
+    TokenizerOptions,
+    as_tuple,
+    list_as_tuple,
+)
 from loradock_train.config_similarity import SimilarityOptions
 from loradock_train.config_sweep import SweepEntry
 from loradock_train.config_task import EarlyStopping, TaskOptions
@@ -223,15 +232,16 @@ class TrainConfig(Section):
     """Attention kernel. Default auto: what transformers picks."""
 
     # ---- reports ----------------------------------------------------------------------------------------------------
-    logging_steps: int = Field(default=10, ge=1)
-    """Steps between two lines of metrics.jsonl. Default 10."""
+    logging_steps: Steps = 10
+    """Steps between two lines of metrics.jsonl; below 1, a share of the run's steps. Default 10."""
 
-    eval_steps: int | None = Field(default=None, ge=1)
-    """Steps between two validations. Default: at the end of every epoch, and at the end of the run."""
+    eval_steps: Steps | None = None
+    """Steps between two validations; below 1, a share of the run's steps. Default: at the end of every epoch, and at
+    the end of the run."""
 
-    save_steps: int | None = Field(default=None, ge=1)
-    """Optimiser steps between two saves, from which a run that was killed goes on (`--resume`). Default: by time
-    alone."""
+    save_steps: Steps | None = None
+    """Optimiser steps between two saves, from which a run that was killed goes on (`--resume`); below 1, a share of the
+    run's steps. Default: by time alone."""
 
     save_every_s: float | None = Field(default=900.0, gt=0)
     """Seconds between two saves, where no save_steps is due earlier. Default 900; null: by save_steps alone."""

@@ -90,6 +90,18 @@ def _stream_ends(config: "TrainConfig") -> None:
         )
 
 
+def _shares_are_of_a_known_number(config: "TrainConfig") -> None:
+    is_known = config.max_steps is not None or (not config.streaming and config.epoch_limit is not None)
+    for key in ("logging_steps", "eval_steps", "save_steps"):
+        steps = getattr(config, key)
+        if steps is not None and steps < 1 and not is_known:
+            why = "a stream has" if config.streaming else "fit into max_time_s"
+            raise ValueError(
+                f"{key} {steps:g} is a share of the run's steps, and how many {why} is not known before; give a whole "
+                "number, or max_steps"
+            )
+
+
 def _sweep_shares_a_frozen_base(config: "TrainConfig") -> None:
     if not config.sweep:
         return
@@ -138,6 +150,7 @@ RULES: tuple[Callable[["TrainConfig"], None], ...] = (
     _chat_template_is_one,
     _template_has_instruction,
     _stream_ends,
+    _shares_are_of_a_known_number,
     _sweep_shares_a_frozen_base,
     _validation_is_there,
     _preference_fits,

@@ -16,12 +16,24 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def as_steps(value: Any) -> Any:
+    """A whole number of steps, or, below 1, a share of the run's, as transformers means it."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (is_number and (0 < value < 1 or (value >= 1 and value % 1 == 0))):
+        raise ValueError("must be a whole number of steps (1 or more), or a share of the run's steps between 0 and 1")
+    return int(value) if is_number and value >= 1 else value
+
+
 def list_as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 Paths = Annotated[
     tuple[str, ...], BeforeValidator(as_tuple, json_schema_input_type=str | tuple[str, ...]), Field(min_length=1)
+]
+Steps = Annotated[
+    int | float,
+    BeforeValidator(as_steps, json_schema_input_type=Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]),
 ]
 Names = Annotated[tuple[str, ...], BeforeValidator(list_as_tuple)]
 

@@ -30,7 +30,7 @@ from loradock_train.report import Outcome
 from loradock_train.samples import FILE as SAMPLES
 from loradock_train.samples import SampleWriter
 from loradock_train.saves import Save
-from loradock_train.schedule import learning_rate_factor, length_of, length_of_stream
+from loradock_train.schedule import intervals_of, learning_rate_factor, length_of, length_of_stream
 from loradock_train.scoring import Scoring
 from loradock_train.shard import shard, unshard
 from loradock_train.stop import Saver, StopRequest
@@ -89,7 +89,7 @@ def fit(
             steps_per_epoch=length.steps_per_epoch,
             meter=meter,
             reporter=reporter,
-            saver=Saver(config, request),
+            saver=Saver(config, request, intervals_of(config, length).saving),
             agreement=Agreement(meter, request),
             write=write,
             score=scoring.metrics,

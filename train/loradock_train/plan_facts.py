@@ -23,7 +23,7 @@ from loradock_train.peak import available_bytes
 from loradock_train.placement import foretell
 from loradock_train.plan import Facts, Plan, Remedy, memory_of, optimiser_bytes
 from loradock_train.processes import local_world_size
-from loradock_train.schedule import length_of
+from loradock_train.schedule import intervals_of, length_of, length_of_stream
 
 
 def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, processes: int = 1) -> Plan:
@@ -123,23 +123,14 @@ def largest_batch(config: TrainConfig, data: RunData) -> tuple[int, int]:
 def _lengths(config: TrainConfig, data: RunData, processes: int) -> tuple[int | None, int]:
     """Steps of the run (None: the clock ends it), and batches of all its validations in one process."""
     if data.stream is not None:
-        return config.max_steps, _stream_eval_batches(config, data, processes)
-    if not isinstance(data.train, datasets.Dataset):
+        length = length_of_stream(config, lambda: 0.0)
+    elif isinstance(data.train, datasets.Dataset):
+        length = length_of(config, len(data.train), num_devices=processes)
+    else:
         return config.max_steps, 0
-    length = length_of(config, len(data.train), num_devices=processes)
     if length.is_clock_bound:
         return None, 0
     if data.valid is None:
         return length.max_steps, 0
-    every = config.eval_steps if config.eval_steps is not None else length.steps_per_epoch
-    validations = length.max_steps // every + (length.max_steps % every > 0)
+    validations = math.ceil(length.max_steps / intervals_of(config, length).evaluation)
     return length.max_steps, validations * math.ceil(len(data.valid) / (config.eval_batch_size_per_device * processes))
-
-
-def _stream_eval_batches(config: TrainConfig, data: RunData, processes: int) -> int:
-    """Of all validations of a run over a stream; 0 where nobody knows how many."""
-    if data.valid is None or config.max_steps is None:
-        return 0
-    every = config.eval_steps if config.eval_steps is not None else max(1, math.ceil(config.max_steps / 10))
-    batches = math.ceil(len(data.valid) / (config.eval_batch_size_per_device * processes))
-    return math.ceil(config.max_steps / every) * batches

@@ -71,7 +71,7 @@ from loradock_train.saves import (
     identity_of,
     write_save,
 )
-from loradock_train.schedule import length_of, length_of_stream, without_effect
+from loradock_train.schedule import schedule_notices
 from loradock_train.scoring import write_scores
 from loradock_train.shared import Alone
 from loradock_train.similarity import make_judge
@@ -299,8 +299,7 @@ def _read(
         if stream is None or key != "train":
             notices.extend(report.notices(key, config.context_length))
     notices.extend(few_tokens(config, data.reports["train"].num_tokens, is_whole=stream is None))
-    few = length_of(config, len(data.train), world_size()) if stream is None else length_of_stream(config, lambda: 0.0)
-    notices.extend(without_effect(config, few))
+    notices.extend(schedule_notices(config, len(data.train), stream is not None, world_size()))
     return architecture, tokenizer, data
 
 

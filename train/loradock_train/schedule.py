@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from loradock_train.config import TrainConfig
 
 UNLIMITED_STEPS = 10**9
+STREAM_EVAL_STEPS = 500
+"""Between two validations of a run over a stream, where nobody knows how many steps it has."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,53 @@ def length_of_stream(config: TrainConfig, passes: Callable[[], float]) -> Length
     limit = config.num_epochs
     share = (lambda: passes() / limit) if limit is not None else (lambda: 0.0)
     return Length(UNLIMITED_STEPS, config.max_steps or UNLIMITED_STEPS, config.max_time_s, share)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Whole steps from one to the next."""
+
+    logging: int
+    evaluation: int
+    saving: int | None
+    """None: by the clock alone."""
+
+
+def intervals_of(config: TrainConfig, length: Length) -> Intervals:
+    """What the config says, shares of the run as numbers of its steps, rounded up as transformers does."""
+    evaluation = _whole(config.eval_steps, length)
+    if evaluation is None:
+        # The end of an epoch is a step, too: so its validation comes before the step's save, and not twice on resume.
+        evaluation = length.steps_per_epoch
+        if config.streaming:
+            evaluation = STREAM_EVAL_STEPS if length.is_clock_bound else max(1, math.ceil(length.max_steps / 10))
+    logging, saving = _whole(config.logging_steps, length), _whole(config.save_steps, length)
+    assert logging is not None
+    return Intervals(logging, evaluation, saving)
+
+
+def _whole(steps: float | None, length: Length) -> int | None:
+    if steps is None or steps >= 1:
+        return None if steps is None else int(steps)
+    return math.ceil(length.max_steps * steps)
+
+
+def schedule_notices(config: TrainConfig, num_examples: int, is_stream: bool, processes: int) -> list[str]:
+    """What there is to say of a run's steps before it begins. num_examples: rows of training, where they are known."""
+    length = length_of_stream(config, lambda: 0.0) if is_stream else length_of(config, num_examples, processes)
+    return [*without_effect(config, length), *shares_told(config, length)]
+
+
+def shares_told(config: TrainConfig, length: Length) -> list[str]:
+    """Which steps the shares of this run are."""
+    found = intervals_of(config, length)
+    steps = {"logging_steps": found.logging, "eval_steps": found.evaluation, "save_steps": found.saving}
+    given = {key: getattr(config, key) for key in steps}
+    return [
+        f"{key} {given[key]:g} of {length.max_steps:,} steps: every {steps[key]:,}"
+        for key in steps
+        if given[key] is not None and given[key] < 1
+    ]
 
 
 def without_effect(config: TrainConfig, length: Length) -> list[str]:

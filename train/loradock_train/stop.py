@@ -50,15 +50,22 @@ class StopRequest:
 class Saver(TrainerCallback):
     """Asks the trainer for a save when one is due, and ends the run when it is asked to stop."""
 
-    def __init__(self, config: TrainConfig, request: StopRequest, clock: Callable[[], float] = time.monotonic) -> None:
-        self._config, self._request, self._clock = config, request, clock
+    def __init__(
+        self,
+        config: TrainConfig,
+        request: StopRequest,
+        save_steps: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """save_steps: as a number, where the config has a share of the run."""
+        self._save_steps, self._every_s, self._request, self._clock = save_steps, config.save_every_s, request, clock
         self._saved_s = clock()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """A finished run is exported, not saved: no save is due at its last step."""
-        steps, every_s = self._config.save_steps, self._config.save_every_s
+        steps, every_s = self._save_steps, self._every_s
         is_over = state.global_step >= state.max_steps
         is_due = (steps is not None and state.global_step % steps == 0) or (
             every_s is not None and self._clock() - self._saved_s >= every_s

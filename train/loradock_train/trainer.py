@@ -38,13 +38,11 @@ from loradock_train.order import EpochSampler, Order, seed_step
 from loradock_train.processes import broadcast_object, gather_objects, is_main, on_main, rank, world_size
 from loradock_train.progress import Meter, Reporter
 from loradock_train.saves import Position, Save, load_weights, trained_state
-from loradock_train.schedule import Length
+from loradock_train.schedule import Length, intervals_of
 from loradock_train.shard import divided_state, gathered_state, is_divided
 from loradock_train.stop import Saver
 from loradock_train.trouble import Facts
 
-STREAM_EVAL_STEPS = 500
-"""Steps between two validations of a stream of which the number of steps is not known."""
 Write = Callable[[Position, Mapping[str, Tensor], Callable[[Path], None]], Path]
 
 
@@ -351,14 +349,11 @@ def training_arguments(
 
     kind, more: the class of the arguments, and what it knows beyond transformers' own.
     """
+    intervals = intervals_of(config, length)
     if config.valid_path is None:
         evaluation: dict[str, Any] = {"eval_strategy": "no"}
     else:
-        # The end of an epoch is a step, too: so its validation comes before the step's save, and not twice on resume.
-        steps = config.eval_steps if config.eval_steps is not None else length.steps_per_epoch
-        if config.streaming and config.eval_steps is None:
-            steps = STREAM_EVAL_STEPS if length.is_clock_bound else max(1, math.ceil(length.max_steps / 10))
-        evaluation = {"eval_strategy": "steps", "eval_steps": steps}
+        evaluation = {"eval_strategy": "steps", "eval_steps": intervals.evaluation}
     has_gpu = torch.cuda.is_available()
     checkpoints = config.gradient_checkpointing or (config.fsdp is not None and config.fsdp.activation_checkpointing)
     arguments = kind(
@@ -378,7 +373,7 @@ def training_arguments(
         bf16=precision.arithmetic == "bf16",
         fp16=precision.arithmetic == "fp16",
         use_cpu=not has_gpu,
-        logging_steps=config.logging_steps,
+        logging_steps=intervals.logging,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a loss that is no number must be seen, not smoothed away
         save_strategy="no",  # ours decides (stop.py)
