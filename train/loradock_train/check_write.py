@@ -12,6 +12,7 @@ from loradock_adapters.strict_config import parse_value
 from loradock_train.check import Report, apply_changes
 from loradock_train.config import TrainConfig
 from loradock_train.config_file import config_from
+from loradock_train.signed import KEYS, hidden, signed_keys
 from loradock_train.yaml_edit import set_value
 
 
@@ -30,6 +31,12 @@ def write_rewritten(source: Path, overrides: Sequence[str], report: Report, dest
     for change in report.needed:
         text = set_value(text, change.key.split("."), change.new)
     wanted = apply_changes(report.config, report.needed) if report.needed else report.config
+    signed = signed_keys(wanted.model_dump())
+    for keys in KEYS:
+        if ".".join(keys) in signed:
+            section = wanted if len(keys) == 1 else getattr(wanted, keys[0])
+            text = set_value(text, list(keys), list(getattr(section, keys[-1])))
+    text = hidden(text)  # in a comment, say
     if destination.resolve().parent != source.resolve().parent:
         text = _with_whole_paths(text, wanted)
     try:
@@ -42,7 +49,8 @@ def write_rewritten(source: Path, overrides: Sequence[str], report: Report, dest
     temporary = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(destination)
-    return [] if is_same else [f"{destination}: written anew, without the comments of {source}"]
+    told = [] if is_same else [f"{destination}: written anew, without the comments of {source}"]
+    return told + [f"{destination}: {key} stands there without its signature" for key in signed]
 
 
 def _with_whole_paths(text: str, config: TrainConfig) -> str:

@@ -30,6 +30,7 @@ from loradock_train.continued_options import adapter_directory, adapter_options
 from loradock_train.errors import ConfigError, Problem
 from loradock_train.files import is_url
 from loradock_train.seed_keys import translate
+from loradock_train.signed import take_signatures
 from loradock_train.urls import LOGIN_TOLD, keys_with_login, redacted
 
 Keys = tuple[str, ...]
@@ -67,6 +68,10 @@ def config_from(
 ) -> tuple[TrainConfig, list[str]]:
     """Validate a mapping with the YAML's keys. `folder` is what relative paths are relative to."""
     lines = lines if lines is not None else {}
+    try:
+        values, signed = take_signatures(values)
+    except ValueError as error:
+        raise ConfigError(f"{source} has 1 problem:", [Problem("data", str(error))]) from None
     if logins := [Problem(_where(keys, lines, {}), LOGIN_TOLD) for keys in keys_with_login(values)]:
         raise ConfigError(f"{source} holds a login:", logins)
     translated = translate(_with_deepspeed_file(values, folder, lines))
@@ -80,7 +85,7 @@ def config_from(
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
         raise ConfigError(f"{source} has {count}:", problems)
     try:
-        return _resolve_paths(config, folder), translated.notices
+        return _resolve_paths(config, folder), [*translated.notices, *signed]
     except ConfigError as error:
         located = [Problem(_where(tuple(p.where.split(".")), lines, {}), p.message) for p in error.problems]
         raise ConfigError(error.headline, located) from error

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO, cast
 
 from loradock_adapters.errors import LoradockError
 from loradock_train.errors import DataError, Problem
-from loradock_train.urls import missing_told, open_system, redacted
+from loradock_train.signed import has_signature, hidden, open_data
+from loradock_train.urls import missing_told, redacted
 
 KINDS = (".jsonl", ".txt")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -56,7 +57,7 @@ class DataFile:
         """Its bytes as they lie."""
         if is_url(self.name):
             with _told(self.name):
-                filesystem, path = open_system(self.name)
+                filesystem, path = open_data(self.name)
                 file = filesystem.open(path, "rb")
             with file:
                 # fsspec's own readline takes no limit
@@ -136,12 +137,13 @@ def _told(url: str) -> Iterator[None]:
 
 
 def _reason(url: str, error: Exception) -> str:
+    fresh = ", or its signature is no longer good: give a fresh one" if has_signature(url) else ""
     if isinstance(error, FileNotFoundError):
-        return "no such file"
+        return f"no such file{fresh}"
     if isinstance(error, ImportError | ValueError) and is_url(url):
         return missing_told(url, error)
-    text = redacted(str(error).strip())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = redacted(hidden(str(error).strip()))
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + fresh
 
 
 class Decompressor(io.RawIOBase):
@@ -257,7 +259,9 @@ def _local(path: Path) -> list[DataFile] | None:
 
 
 def _remote(url: str) -> list[DataFile] | None:
-    filesystem, path = open_system(url)
+    filesystem, path = open_data(url)
+    if has_signature(url):  # of one file; asked whether it is a directory, fsspec would fetch all of it
+        return [DataFile(url, int(filesystem.size(path)))] if url.endswith(ENDINGS) else None
     if filesystem.isdir(path):
         inside = sorted(name for name in filesystem.find(path) if name.endswith(ENDINGS))
         return [DataFile(filesystem.unstrip_protocol(name), int(filesystem.size(name))) for name in inside]

@@ -27,6 +27,7 @@ from loradock_train.ending import Ending, chosen, raised
 from loradock_train.files import is_url
 from loradock_train.processes import RENDEZVOUS, world_size
 from loradock_train.remote import check_local
+from loradock_train.signed import environment as signed_environment
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_S = 2.0
@@ -154,7 +155,7 @@ def start_process(folder: Path, environment: Mapping[str, str]) -> subprocess.Po
         speaks = environment["RANK"] == "0"
         return subprocess.Popen(
             command,
-            env={**os.environ, **path, **environment},
+            env={**os.environ, **path, **environment, **signed_environment()},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=None if speaks else log,

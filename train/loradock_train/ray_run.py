@@ -27,6 +27,7 @@ from loradock_train.ending import Ending, chosen, raised
 from loradock_train.errors import TrainError
 from loradock_train.launch import SIGNALS, WorkOrder, ending_of, start_process
 from loradock_train.remote import has_urls
+from loradock_train.signed import signed_keys
 
 POLL_S = 0.5
 """How soon a worker hears that the run is to stop."""
@@ -56,6 +57,16 @@ def check_on_ray(config: TrainConfig) -> None:
         raise UsageError("--ray: a sweep trains in one process; leave out sweep, or --ray")
     if has_urls(config):
         raise UsageError("--ray: give model_id and output_dir as paths on storage that all machines share, not as URLs")
+    _check_unsigned(config)
+
+
+def _check_unsigned(config: TrainConfig) -> None:
+    """Signatures stay in the processes of one machine."""
+    if keys := signed_keys(config.model_dump()):
+        raise UsageError(
+            f"--ray: {', '.join(keys)}: signed URLs are not handed to the machines of a cluster; give paths on storage "
+            "that all share, or a URL whose login they have in their environment"
+        )
 
 
 def train_on_ray(order: WorkOrder, cluster: RayCluster, resources: Mapping[str, float] | None = None) -> None:

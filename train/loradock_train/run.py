@@ -74,6 +74,7 @@ from loradock_train.saves import (
 from loradock_train.schedule import schedule_notices
 from loradock_train.scoring import write_scores
 from loradock_train.shared import Alone
+from loradock_train.signed import signed_keys
 from loradock_train.similarity import make_judge
 from loradock_train.starting import check_start
 from loradock_train.sweep import run_sweep
@@ -333,7 +334,9 @@ def _summary(
 
 def _begin(config: TrainConfig, directory: Path, save: Save | None) -> None:
     prepare_output(directory, save)
-    write_text(directory / "config.yaml", yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False))
+    values = json.loads(config.model_dump_json())
+    told = "".join(f"# {key}: fetched with a signature, which is not kept\n" for key in signed_keys(values))
+    write_text(directory / "config.yaml", told + yaml.safe_dump(values, sort_keys=False))
 
 
 def _resolve(

@@ -16,6 +16,7 @@ from loradock_adapters.errors import UsageError
 from loradock_train.launch import Machines
 from loradock_train.processes import is_main
 from loradock_train.ray_run import RayCluster
+from loradock_train.signed import hidden
 
 if TYPE_CHECKING:
     from loradock_train.config import TrainConfig
@@ -128,7 +129,7 @@ class Asked:
             words += ["--nodes", str(machines.nodes), "--node-rank", str(machines.rank)]
             words += ["--master-address", str(machines.master_address)]
         for override in self.set_:
-            words += ["--set", override]
+            words += ["--set", hidden(override)]
         if self.output is not None:
             words += ["--output", str(self.output)]
         words.append("--resume")
