@@ -114,7 +114,7 @@ class Admission:
             self._deadlines.put(ticket, (ask.deadline_at,))
             self._wake_at = min(self._wake_at, ask.deadline_at)
         decided = self._decide(at)
-        if ticket.state == "queued" and not ticket.returns and (refusal := self._refusal(ticket, at)) is not None:
+        if ticket.state == "queued" and not ticket.returns and (refusal := self._refusal(ticket)) is not None:
             self._dequeue(ticket)
             decided.append(refusal)
         elif ticket.state == "queued" and ticket.line is self._fresh:
@@ -251,14 +251,14 @@ class Admission:
                 self._ripen(adapter)
             self._slots.let_go(adapter)
 
-    def _refusal(self, ticket: Ticket, at: float) -> Refuse | None:
+    def _refusal(self, ticket: Ticket) -> Refuse | None:
         tenant, rules = ticket.tenant, self._rules
         others, own = self.queued - 1, tenant.queued - 1
         if own >= rules.max_queue_per_tenant:
             share = tenant.weight / max(tenant.weight, self._share.waiting_weight)
-            return Refuse(ticket, "tenant_queue_full", own, self._pace.retry_after_s(own, share, at))
+            return Refuse(ticket, "tenant_queue_full", own, self._pace.retry_after_s(own, share))
         if others >= rules.max_queue:
-            return Refuse(ticket, "queue_full", others, self._pace.retry_after_s(others, 1.0, at))
+            return Refuse(ticket, "queue_full", others, self._pace.retry_after_s(others, 1.0))
         return None
 
     def _gather_perhaps(self, adapter: Adapter, at: float) -> None:
@@ -344,6 +344,7 @@ class Admission:
         ticket.charged = service
         ticket.state, ticket.begun_at, ticket.generation = "running", at, self._generation
         ticket.tenant.running += 1
+        self._pace.began()
         self.used_seats += ticket.seats
         self._slots.begins(ticket.adapter, at)
 

@@ -6,7 +6,6 @@ lifespan.
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +54,7 @@ from loradock_serve.proxy import OpenAIProxy
 from loradock_serve.publish import Publisher
 from loradock_serve.residency import Residency
 from loradock_serve.sizing import Advice, LoraSizing
+from loradock_serve.socket_dir import SocketDir, remove_leftovers
 from loradock_serve.sources import Sources, make_sources
 from loradock_serve.states import States
 from loradock_serve.stores import directories_of, open_store, registry_url
@@ -117,11 +117,11 @@ def _join(
         tower_lora=_has_tower_lora(config.engine.vllm_arguments),
     )
     catalog = Catalog(registry, base.name, base.behaviour, _fit(config, registry, base, limits))
-    # A Unix socket's path has room for 107 bytes: not under a data_dir that may be deep.
-    socket_dir = Path(tempfile.mkdtemp(prefix="loradock-"))
+    remove_leftovers()
+    socket_dir = SocketDir()
     directories = directories_of(store, registry)
     weights = StoredWeights(directories, lambda: base.source, config.data_dir / "merged")
-    engines = EngineFactory(config, machine, base, lora, socket_dir)
+    engines = EngineFactory(config, machine, base, lora, socket_dir.path)
     packs = PackedAdapters(config.data_dir / "packed", int(config.engine.packed_adapters_gib * 1024**3))
     fleet = Fleet(engines.base(), engines.dedicated, weights, config.engine, config.dedicated, packs)
     told = config.uploads
@@ -273,7 +273,7 @@ def _application(
     publisher: Publisher,
     care: _Care,
     sources: Sources,
-    socket_dir: Path,
+    socket_dir: SocketDir,
     lock: GatewayLock | None,
 ) -> ASGIApp:
     @contextlib.asynccontextmanager
@@ -296,8 +296,7 @@ def _application(
             await care.traffic.stop()
             registry.close()
             care.use.release()
-            with contextlib.suppress(OSError):
-                socket_dir.rmdir()
+            socket_dir.release()
             if lock is not None:
                 lock.release()
 

@@ -67,8 +67,7 @@ def priority_of(payload: Mapping[str, Any]) -> int:
 def seats_of(payload: Mapping[str, Any]) -> int:
     """How many sequences the engine makes of it: `n` for each prompt. What is malformed counts as one: the engine will
     say so."""
-    n = payload.get("n")
-    copies = n if isinstance(n, int) and n > 1 else 1
+    copies = max(1, _whole(payload.get("n")) or 1)
     prompts = payload.get("prompt", payload.get("input"))
     if isinstance(prompts, list) and prompts and isinstance(prompts[0], str | list):
         return copies * len(prompts)
@@ -78,12 +77,25 @@ def seats_of(payload: Mapping[str, Any]) -> int:
 def check_n(payload: Mapping[str, Any], limit: int) -> None:
     """BadRequestError where one request wants so many answers that it would have the engine for itself for long."""
     for key in ("n", "best_of"):
-        n = payload.get(key)
-        if isinstance(n, int) and n > limit:
+        n = _whole(payload.get(key))
+        if n is not None and n > limit:
             raise BadRequestError(
                 f"`{key}` is {n}, over this server's limit of {limit} (`admission.max_n`): send several requests",
                 param=key,
             )
+
+
+def _whole(value: Any) -> int | None:
+    """A number as engines read one: they also take `"3"` and `3.0` for 3. None for what is no whole number."""
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, str | float):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def timeout_of(header: str, limit_s: float) -> tuple[float, str]:

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,7 @@ ABOUT_ADAPTERS |= {"specialize_active_lora", "enable_tower_connector_lora", "ena
 # The second opens vLLM's own load routes, and a look-up of unknown names with a lock kept for each: ours need neither.
 KEPT_FROM_ENGINES = {"LORADOCK_ADMIN_KEY", "LORADOCK_REGISTRY_URL", "PGPASSWORD", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"}
 GIB = 1024**3
+SOCKET_PATH_BYTES, UUID_CHARS = 107, 36
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class EngineCommand:
     environment: Mapping[str, str]
     """The whole environment of the process."""
     socket: Path
+
+    @property
+    def inner_sockets(self) -> Path:
+        """The directory of the sockets between the engine's own processes, removed with the engine."""
+        return self.socket.with_suffix("")
 
 
 def this_machine() -> Machine:
@@ -213,7 +219,17 @@ def _command(
         ours["enforce_eager"] = True
     words = engine_args.command_line(ours | dict(arguments))
     argv = (sys.executable, "-m", ENGINE_MODULE, *words)
-    return EngineCommand(argv, _environment(config, machine) | dict(environment), socket)
+    command = EngineCommand(argv, _environment(config, machine) | dict(environment), socket)
+    return replace(command, environment=_inner_sockets(command) | dict(command.environment))
+
+
+def _inner_sockets(command: EngineCommand) -> dict[str, str]:
+    """Where vLLM's processes talk to each other: in /tmp, where it puts these sockets, those of a killed engine stay.
+
+    Not where TMPDIR is so deep that they would find no room (their names are UUIDs).
+    """
+    place = str(command.inner_sockets)
+    return {"VLLM_RPC_BASE_PATH": place} if len(os.fsencode(place)) + 1 + UUID_CHARS <= SOCKET_PATH_BYTES else {}
 
 
 def _environment(config: EngineConfig, machine: Machine) -> dict[str, str]:

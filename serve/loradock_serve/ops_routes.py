@@ -19,10 +19,12 @@ def ops_router(fleet: Fleet, adapters: AdapterGauges, turnstiles: Turnstiles) ->
     """The routes, bound to their parts."""
     router = APIRouter()
 
+    @router.head("/livez")  # what monitors and `wget --spider` ask with
     @router.get("/livez")
     async def livez() -> Response:
         return JSONResponse({"status": "alive"})
 
+    @router.head("/health")
     @router.get("/health")
     async def health() -> Response:
         try:
@@ -35,6 +37,7 @@ def ops_router(fleet: Fleet, adapters: AdapterGauges, turnstiles: Turnstiles) ->
         fleet.base.suspect()
         return error_response(_unhealthy(fleet))
 
+    @router.head("/metrics")
     @router.get("/metrics")
     async def prometheus() -> Response:
         metrics.ENGINE_UP.set(fleet.base.state == "ready")

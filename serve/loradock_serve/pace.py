@@ -11,20 +11,29 @@ UNKNOWN_RETRY_S = 10
 
 
 class Pace:
-    """Requests a second over about the last minute, and tokens a second of one sequence."""
+    """Requests a second, and tokens a second of one sequence.
+
+    Requests a second are those that run over the mean time that one takes (Little's law), of those that ended in about
+    the last minute. Ends alone would not do: an engine that had nothing to do for most of a minute is not a slow one.
+    """
 
     def __init__(self) -> None:
-        self._since: float | None = None
         self._at = 0.0
         self._ended = 0.0
+        self._took_s = 0.0
+        self._running = 0
         self._tokens_per_s = 0.0
+
+    def began(self) -> None:
+        """One request was given to the engine."""
+        self._running += 1
 
     def ended(self, at: float, took_s: float, output_tokens: int | None) -> None:
         """One request ended; None for tokens that nobody told."""
-        if self._since is None:
-            self._since = at - took_s
-        self._fade(at)
-        self._ended += 1.0
+        self._running -= 1
+        self._ended = self._ended * math.exp(min(0.0, self._at - at) / MEMORY_S) + 1.0
+        self._at = max(at, self._at)
+        self._took_s += (took_s - self._took_s) / self._ended
         if output_tokens is not None and took_s > 0:
             speed = output_tokens / took_s
             self._tokens_per_s += (speed - self._tokens_per_s) * (0.05 if self._tokens_per_s else 1.0)
@@ -33,15 +42,9 @@ class Pace:
         """About how many tokens one sequence was given in this time."""
         return self._tokens_per_s * took_s
 
-    def retry_after_s(self, requests: int, share: float, at: float) -> int:
+    def retry_after_s(self, requests: int, share: float) -> int:
         """Whole seconds in which so many requests end, where they have this share of the engine."""
-        if self._since is None:
+        if not self._ended:
             return UNKNOWN_RETRY_S
-        self._fade(at)
-        seen = 1.0 - math.exp(-max(at - self._since, 0.001) / MEMORY_S)  # of a minute's weight, at first less than all
-        per_s = self._ended / (MEMORY_S * seen) * share
-        return min(LONGEST_RETRY_S, max(1, math.ceil(requests / per_s))) if per_s > 1e-6 else LONGEST_RETRY_S
-
-    def _fade(self, at: float) -> None:
-        self._ended *= math.exp((self._at - at) / MEMORY_S) if at > self._at else 1.0
-        self._at = max(at, self._at)
+        seconds = requests * self._took_s / (max(1, self._running) * share)
+        return min(LONGEST_RETRY_S, max(1, math.ceil(seconds)))

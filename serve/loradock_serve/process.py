@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import sys
 from collections import deque
@@ -70,6 +71,7 @@ class EngineProcess:
         The socket's path must be fresh: vLLM binds without unlinking, and a second start on one path fails.
         """
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        command.inner_sockets.mkdir(mode=0o700, exist_ok=True)
         keep_logs(log_path)
         with log_path.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
@@ -107,21 +109,21 @@ class EngineProcess:
             try:
                 await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
             except TimeoutError:
-                self._kill_group()
+                await self._kill_group()
         await self.clean_up()
 
     async def kill(self) -> None:
         """End the engine at once: one that is already broken has nothing to finish."""
-        self._kill_group()
+        await self._kill_group()
         await self.clean_up()
 
     async def clean_up(self) -> None:
         """After the end, however it came: no process of the group and no socket stays."""
-        self._kill_group()
+        await self._kill_group()
         await self._process.wait()
         await self._reap_orphans()
-        with contextlib.suppress(FileNotFoundError):
-            self.socket.unlink()
+        self.socket.unlink(missing_ok=True)
+        await asyncio.to_thread(shutil.rmtree, self._command.inner_sockets, ignore_errors=True)
 
     async def _reap_orphans(self) -> None:
         """Bury the launcher's descendants, which became ours when their parents died (`adopt_orphans`)."""
@@ -133,10 +135,9 @@ class EngineProcess:
                 return
             await asyncio.sleep(ORPHAN_POLL_S)
 
-    def _kill_group(self) -> None:
+    async def _kill_group(self) -> None:
         # The session is the launcher's own, so the group is too; its id stays taken while any member lives.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        await asyncio.to_thread(launcher.kill_group, self.pid)
 
     def log_tail(self) -> str:
         """The last lines that the engine printed, for an error message."""

@@ -49,6 +49,8 @@ def test_engine_process_killed_under_load_is_survived(server: LoradockServer, vi
     before = {model: server.tokens(model, PROMPT, 12) for model in ("base", "adapter-1", "adapter-2")}
     (launcher,) = children(server.pid)
     pid = next(pid for pid, title in group_processes(launcher).items() if victim in title and _is(victim, title))
+    memory = _shared_memory(launcher)
+    assert memory
 
     seen = asyncio.run(_load_and_kill(server, pid))
 
@@ -68,7 +70,15 @@ def test_engine_process_killed_under_load_is_survived(server: LoradockServer, vi
     (new_launcher,) = children(server.pid)  # and no zombie beside it
     assert new_launcher != launcher
     socket = engine_socket(server)
-    assert list(socket.parent.iterdir()) == [socket]
+    assert set(socket.parent.iterdir()) == {socket, socket.with_suffix("")}, "those of the engine before are gone"
+    assert list(socket.with_suffix("").iterdir()), "its processes talk to each other there"
+    assert [path for path in memory if path.exists()] == []
+
+
+def _shared_memory(launcher: int) -> set[Path]:
+    """What an engine's processes share in /dev/shm, as far as it has a name there."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in group_processes(launcher))
+    return {path for path in map(Path, re.findall(r"/dev/shm/psm_\w+", maps)) if path.exists()}
 
 
 def _is(victim: str, title: str) -> bool:
@@ -135,10 +145,15 @@ def test_gateway_killed_leaves_no_engine_and_loses_nothing(tmp_path: Path) -> No
         first.loradock("push", str(make_adapter(tmp_path / "a", base, 1)), "kept")
         tokens = first.tokens("kept", PROMPT, 12)
         (launcher,) = children(first.pid)
+        memory, sockets = _shared_memory(launcher), engine_socket(first).parent
         os.kill(first.pid, signal.SIGKILL)
         _until_gone(launcher)
+        assert [path for path in (*memory, sockets) if path.exists()] == []
     with loradock_server(base, tmp_path / "data", engine=engine) as second:
         assert second.tokens("kept", PROMPT, 12) == tokens
+        (launcher,) = children(second.pid)
+        memory, sockets = _shared_memory(launcher), engine_socket(second).parent
+    assert [path for path in (*memory, sockets) if path.exists()] == [], "an orderly end leaves nothing either"
 
 
 def _until_gone(group: int) -> None:

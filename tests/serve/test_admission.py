@@ -185,12 +185,12 @@ def test_request_expires_at_its_deadline_and_one_that_comes_late_at_once() -> No
 
 def test_retry_after_is_the_time_in_which_the_queue_will_have_been_answered() -> None:
     world = World(Rules(max_queue=40, max_queue_per_tenant=20), seats=2)
-    world.ask(tenant="x")
+    for _ in range(2):
+        world.ask(tenant="x")
     for _ in range(120):  # two answers a second
         world.now += 0.5
         world.end(next(iter(world.running)))
         world.ask(tenant="x")
-    world.ask(tenant="x")
     for tenant in "xy":
         for _ in range(20):
             world.ask(tenant=tenant)
@@ -201,6 +201,19 @@ def test_retry_after_is_the_time_in_which_the_queue_will_have_been_answered() ->
     assert by_tenant.retry_after_s == pytest.approx(20, abs=1), "two a second, shared by two"
     assert (by_all.reason, by_all.waiting) == ("queue_full", 40)
     assert by_all.retry_after_s == pytest.approx(20, abs=1)
+
+
+def test_retry_after_of_an_engine_that_was_idle_before_is_no_longer_than_of_a_busy_one() -> None:
+    world = World(Rules(max_queue=40), seats=2)
+    for _ in range(2):  # each takes a second, and then there is nothing to do for a long time
+        first, second = world.ask(), world.ask()
+        world.now += 1.0
+        world.end(first)
+        world.end(second)
+        world.now += 10_000.0
+    for _ in range(43):
+        world.ask()
+    assert [refused.retry_after_s for refused in world.refused] == [20]
 
 
 def test_retry_after_of_an_engine_that_answered_nothing_yet_is_a_guess() -> None:

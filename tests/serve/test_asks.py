@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from loradock_serve.asks import ANONYMOUS, ask_of, priority_of, seats_of, tenant_of, timeout_of
+from loradock_serve.asks import ANONYMOUS, ask_of, check_n, priority_of, seats_of, tenant_of, timeout_of
 from loradock_serve.errors import BadRequestError
 
 
@@ -36,13 +36,25 @@ def test_long_user_is_hashed_and_still_one_tenant() -> None:
         ({"prompt": [[1, 2], [3]], "n": 4}, 8),
         ({"input": ["x", "y"]}, 2),
         ({"messages": [], "n": 3}, 3),
-        ({"n": "3"}, 1),
+        ({"n": "3"}, 3),
+        ({"n": 3.0, "prompt": ["x", "y"]}, 6),
+        ({"n": "three"}, 1),
+        ({"n": 2.5}, 1),
+        ({"n": float("inf")}, 1),
+        ({"n": ["3"]}, 1),
         ({"n": -2, "prompt": []}, 1),
         ({"n": True}, 1),
     ],
 )
 def test_seats_are_n_times_the_prompts(payload: dict[str, Any], seats: int) -> None:
     assert seats_of(payload) == seats
+
+
+@pytest.mark.parametrize("n", [129, "129", 129.0, "1e3", " 129 "])
+def test_n_over_the_limit_is_refused_however_an_engine_may_be_told_it(n: Any) -> None:
+    with pytest.raises(BadRequestError, match="over this server's limit of 128"):
+        check_n({"n": n}, 128)
+    check_n({"n": "128"}, 128)
 
 
 @pytest.mark.parametrize("priority", ["1", 1.5, True, 2**31])

@@ -53,6 +53,16 @@ def test_base_engine_listens_on_its_socket_and_hears_base() -> None:
     assert "--port" not in command.argv
 
 
+def test_sockets_inside_an_engine_lie_beside_its_own_where_their_paths_have_room() -> None:
+    assert base().environment["VLLM_RPC_BASE_PATH"] == "/run/x" == str(base().inner_sockets)
+    deep = Path("/" + "d" * 66) / "x.sock"
+    command = base_command("org/m", deep, EngineConfig(), DedicatedConfig(), CPU, LORA)
+    assert "VLLM_RPC_BASE_PATH" in command.environment
+    deeper = Path("/" + "d" * 68) / "x.sock"
+    command = base_command("org/m", deeper, EngineConfig(), DedicatedConfig(), CPU, LORA)
+    assert "VLLM_RPC_BASE_PATH" not in command.environment
+
+
 def test_base_engine_gets_its_slots_and_our_extension() -> None:
     command = base()
     assert "--enable-lora" in command.argv

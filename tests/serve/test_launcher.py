@@ -17,12 +17,17 @@ from loradock_serve import launcher
 # An engine with a child of its own, as vLLM has: prints both ids once it stands, and outlives a SIGHUP.
 ENGINE = """
 import os, signal, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+memory, shared = [], ()
+if "shares" in sys.argv:
+    from multiprocessing import resource_tracker, shared_memory
+    memory.append(shared_memory.SharedMemory(create=True, size=4096))
+    shared = (resource_tracker.getfd(),)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], pass_fds=shared)
 def stop(*_):
     print("asked to stop", flush=True)
     sys.exit(7)
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else stop)
-print(os.getpid(), child.pid, flush=True)
+print(os.getpid(), child.pid, *(block.name for block in memory), flush=True)
 if "exits" in sys.argv:
     sys.exit(3)
 time.sleep(600)
@@ -43,7 +48,8 @@ class Launched:
             start_new_session=True,
         )
         assert self.process.stdout is not None
-        self.engine, self.child = map(int, self.process.stdout.readline().split())
+        engine, child, *self.memory = self.process.stdout.readline().split()
+        self.engine, self.child = int(engine), int(child)
 
     def members(self) -> list[int]:
         """Processes of the group that still run."""
@@ -111,11 +117,31 @@ def test_engine_killed_ends_the_group_and_says_by_which_signal(launch: Callable[
     wait_until_empty(one)
 
 
+def test_engine_killed_leaves_no_shared_memory(launch: Callable[..., Launched]) -> None:
+    one = launch("shares")
+    memory = Path("/dev/shm") / one.memory[0]
+    assert memory.exists()
+    os.kill(one.engine, signal.SIGKILL)
+    one.process.wait(15)
+    wait_until_empty(one)
+    assert not memory.exists()
+
+
+def test_group_killed_from_outside_leaves_no_shared_memory(launch: Callable[..., Launched]) -> None:
+    one = launch("shares")
+    launcher.kill_group(one.process.pid)
+    one.process.wait(15)
+    assert one.members() == []
+    assert not (Path("/dev/shm") / one.memory[0]).exists()
+
+
 def test_gateway_that_is_gone_ends_the_engine_and_its_socket(launch: Callable[..., Launched], tmp_path: Path) -> None:
     place = tmp_path / "loradock-x"
     place.mkdir()
     socket = place / "1.sock"
     socket.touch()
+    (place / "1").mkdir()
+    (place / "1" / "inner").touch()
     one = launch(socket=socket)
     assert one.process.stdin is not None
     one.process.stdin.close()  # what a gateway's SIGKILL looks like from here

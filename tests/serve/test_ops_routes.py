@@ -28,6 +28,13 @@ async def test_gateway_is_alive_before_its_engine_is_and_healthy_with_it(served:
     assert sick.status_code == 503
 
 
+@pytest.mark.parametrize("path", ["/livez", "/health", "/metrics"])
+async def test_head_of_what_monitors_ask_is_the_status_without_a_body(served: Served, path: str) -> None:
+    await served.until_ready()
+    answer = await served.client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
 async def test_engine_that_does_not_start_is_explained_by_health(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
