@@ -34,6 +34,10 @@ engine's place is free when the engine is done, however slowly the client reads.
 STALLED_S = 60.0
 """How long a client may take nothing at all of what waits to be sent to it; then its connection is broken."""
 
+H2C, NO_H2C = b"\r\nUpgrade: h2c\r\n", b"\r\nX-Ignored-Upgrade: h2c\r\n"
+"""Java's HTTP client offers HTTP/2 with its first request, body and all, which is to be answered as if it had not
+(RFC 9110, 7.8): the parser here would drop the body."""
+
 
 def hot_paths(paths: Iterable[str]) -> Mapping[bytes, str]:
     """As a protocol's `hot` has them: by the bytes of the request line, which must be just these."""
@@ -253,6 +257,9 @@ class LeanProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio. The application begins once all that came has been parsed: mostly that is the whole request."""
+        if H2C in data and (self.cycle is None or self.cycle.response_complete):
+            head, end, body = data.partition(b"\r\n\r\n")
+            data = (head + end[:2]).replace(H2C, NO_H2C) + end[2:] + body
         super().data_received(data)
         lean = self._lean
         if lean is not None and not lean.begun:

@@ -27,6 +27,7 @@ POOLED = frozenset({EMBEDDINGS, CLASSIFY})
 
 
 DECODER = json.JSONDecoder()
+YES = frozenset({"1", "true", "t", "yes", "y", "on"})
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def outgoing(
     _refuse_chat_template(payload)
     sent = dict(payload) | {"model": engine_name}
     sent.pop("priority", None)  # the gateway's queue minds it; engines refuse it
-    streams = payload.get("stream") is True
+    streams = _is_yes(payload.get("stream"))
     hide_usage = streams and path in (CHAT, COMPLETIONS) and not _asks_for_usage(payload)
     if hide_usage:
         sent["stream_options"] = _options(payload) | {"include_usage": True}
@@ -117,6 +118,13 @@ def outgoing(
     if path not in POOLED and behaviour.stop_token_ids and payload.get("ignore_eos") is not True:
         sent["stop_token_ids"] = _stop_tokens(behaviour.stop_token_ids, payload.get("stop_token_ids"))
     return Outgoing(written(body, payload, sent), streams, hide_usage, engine_name, public_name)
+
+
+def _is_yes(value: Any) -> bool:
+    """Whether an engine reads it as true: beside `true` it takes 1 and a few words."""
+    if value is True or not value:
+        return value is True
+    return value.lower() in YES if isinstance(value, str) else value == 1
 
 
 def _stop_tokens(own: tuple[int, ...], asked: Any) -> Any:

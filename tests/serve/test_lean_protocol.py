@@ -187,6 +187,33 @@ async def test_what_is_unusual_goes_uvicorns_own_way(head: str) -> None:
     assert not was_lean(app)
 
 
+OFFER = "\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: h2c"
+
+
+@pytest.mark.parametrize("path", ["/hot", "/other"])
+async def test_request_that_offers_http2_keeps_its_body_and_is_answered_in_http1(path: str) -> None:
+    app = App()
+    async with connected(app) as client:
+        for data in (b"first", b"second"):
+            head, answer = await client.ask(f"POST {path} HTTP/1.1{OFFER}", data)
+            assert (head.split("\r\n")[0], answer) == ("HTTP/1.1 200 OK", b"yes")
+    assert [data for _, data in app.seen] == [b"first", b"second"]
+    assert was_lean(app) == (path == "/hot")
+
+
+async def test_body_that_looks_like_an_offer_of_http2_stays_as_it_is() -> None:
+    app = App()
+    text = (POST + OFFER).encode() + b"\r\n\r\n"
+    async with serving(app) as (_, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /hot HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(text))
+        await asyncio.sleep(0)  # the head alone
+        writer.write(text)
+        await Client(reader, writer).answer()
+        writer.close()
+    assert [data for _, data in app.seen] == [text]
+
+
 async def test_requests_sent_ahead_are_answered_in_order() -> None:
     app = App()
     async with connected(app) as client:
