@@ -39,6 +39,9 @@ RESERVED: dict[str, str] = {
     "ssl_cert_reqs": "the gateway answers clients, not the engine",
 }
 
+COUNTS = {"max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "pipeline_parallel_size"}
+"""Numbers from 1 on: an engine told otherwise ends at each of its starts, and slots are planned from the first."""
+
 
 @cache
 def known_arguments() -> Mapping[str, Mapping[str, Any]]:
@@ -72,6 +75,8 @@ def _problem(name: str, value: Any) -> str | None:
         return None if isinstance(value, bool) else f"is on or off: write true or false, not {value!r}"
     if isinstance(value, bool):
         return f"takes a value, not {str(value).lower()}"
+    if name in COUNTS and isinstance(value, int | float) and value < 1:
+        return f"must be 1 or more, not {value}"
     choices = entry.get("choices")
     if choices is not None and isinstance(value, str | int) and str(value) not in choices:
         return f"{value!r} is not one of {', '.join(choices)}"

@@ -109,3 +109,9 @@ def test_table_equals_what_the_pinned_vllm_says() -> None:
     table = json.loads(output[output.index("{") :])
     assert table["vllm"] == pinned_vllm()
     assert table["arguments"] == dict(engine_args.known_arguments())
+
+
+@pytest.mark.parametrize("name", sorted(engine_args.COUNTS))
+def test_count_below_one_is_a_problem_before_an_engine_dies_of_it(name: str) -> None:
+    assert engine_args.problems_with({name: 1}, "engine") == []
+    assert engine_args.problems_with({name: 0}, "engine") == [f"engine.{name}: must be 1 or more, not 0"]
