@@ -1,10 +1,9 @@
-"""Plans: the arithmetic against numbers worked out by hand, the count of activations against a real pass, and the
-whole against what real steps allocate."""
+"""Plans of models: the count of activations against a real pass, and the whole against what real steps allocate."""
 
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
+from loradock_adapters.errors import UsageError
 from loradock_testing.rows import WriteRows
 from loradock_testing.tiny_models import make_llama
 from loradock_train import load_config, train
@@ -21,147 +21,21 @@ from loradock_train.blueprint import blueprint
 from loradock_train.calibrate import calibrate
 from loradock_train.model import base_config
 from loradock_train.peak import PeakMeter, available_bytes
-from loradock_train.plan import (
-    Facts,
-    Measured,
-    Plan,
-    activation_bytes,
-    logit_bytes,
-    memory_of,
-    optimiser_bytes,
-    remedies,
-    with_rows,
-)
+from loradock_train.plan import memory_of
 from loradock_train.plan_facts import facts_of
 from loradock_train.planning import plan_lines, plan_of_config, warnings_of
 from loradock_train.rows import read_rows
 from loradock_train.shared import Alone
 from loradock_train.tokenizer import make_tokenizer
 
+HEAD = {
+    "task": {"kind": "sequence_classification", "labels": ["a", "b", "c"]},
+    "valid_path": "rows.jsonl",
+    "eval_batch_size_per_device": 8,
+}
+HEAD_ROWS = [{"text": f"def f{i}():", "label": "abc"[i % 3]} for i in range(8)]
+IN_BF16 = {"mixed_precision": "bf16", "dtype": "bfloat16"}
 ROWS = [{"prompt": f"def f{i}():", "completion": f" return {i}"} for i in range(8)]
-
-# A float32 model of 1,000 parameters, all trained; batches of 4 x 16 tokens; V 128, D 8.
-FULL = Facts(
-    weights_bytes=4000, trained=1000, trained_bytes=4000, factored=60, optim="adamw_torch_fused", rows=4, tokens=16,
-    eval_rows=0, kept_bytes=80_000, largest_bytes=1000, hidden_bytes=2048, layers=4, vocabulary=128, width=8,
-    compute_bytes=4, weight_bytes=4, trains_head=False, adapts_head=False, checkpointing=False, accumulation=1,
-)  # fmt: skip
-LOGITS = 64 * 128 * 8 + 2 * 64 * 8 * 4
-"""All 64 tokens in one chunk: logits and slopes in float32; hidden states and their gradients."""
-
-
-# ---- by hand --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("optim", "expected"),
-    [
-        ("adamw_torch_fused", 8000),  # two moments in the weights' type
-        ("adamw_8bit", 2000 + 2 * 4 * 4),  # a byte each, and four blocks of 256 with a scale each
-        ("paged_adamw_8bit", 2032),
-        ("adafactor", 240),
-        ("sgd", 0),
-    ],
-)
-def test_optimiser_state(optim: str, expected: int) -> None:
-    assert optimiser_bytes(replace(FULL, optim=optim)) == expected
-
-
-def test_full_parameter_peak_is_activations_over_weights_and_moments() -> None:
-    memory = memory_of(FULL)
-    assert (memory.weights, memory.gradients, memory.optimiser) == (4000, 4000, 8000)
-    assert memory.activations == 80_000 + 2 * 1000
-    assert memory.logits == LOGITS
-    assert memory.training_peak == 4000 + 8000 + 82_000 + LOGITS
-    assert memory.evaluation_peak == 0
-
-
-def test_gradients_stand_beside_activations_with_accumulation() -> None:
-    once, several = memory_of(FULL), memory_of(replace(FULL, accumulation=4))
-    assert several.training_peak - once.training_peak == 4000
-
-
-def test_large_gradients_are_the_peak_where_activations_are_small() -> None:
-    memory = memory_of(replace(FULL, kept_bytes=0, largest_bytes=0, rows=1, tokens=1, trained_bytes=400_000))
-    assert memory.training_peak == 4000 + 800_000 + 400_000
-
-
-def test_lora_has_moments_and_gradients_of_the_adapter_alone() -> None:
-    memory = memory_of(replace(FULL, weights_bytes=4200, trained=50, trained_bytes=200))
-    assert (memory.weights, memory.gradients, memory.optimiser) == (4200, 200, 400)
-
-
-def test_checkpointing_keeps_one_layer_and_the_hidden_states_between() -> None:
-    assert activation_bytes(replace(FULL, checkpointing=True)) == 4 * 2048 + 80_000 // 4 + 2 * 1000
-
-
-def test_mixed_precision_adds_copies_of_the_trained_weights() -> None:
-    memory = memory_of(replace(FULL, compute_bytes=2))
-    assert memory.activations == 82_000 + 1000 * 2
-    assert memory.logits == 64 * 128 * 6 + 2 * 64 * 8 * 2 + 128 * 8 * 2, "and a copy of the head"
-
-
-def test_chunked_loss_never_holds_all_logits() -> None:
-    many = logit_bytes(replace(FULL, vocabulary=2**17), 4096)
-    assert many == 64 * 2**17 * 8 + 2 * 4096 * 8 * 4
-    assert logit_bytes(replace(FULL, vocabulary=2**17, own_loss=False), 4096) == 4096 * 2**17 * 12
-
-
-def test_first_validation_can_be_the_peak() -> None:
-    memory = memory_of(replace(FULL, eval_rows=64, own_loss=False))
-    assert memory.evaluation == 16 * (80_000 // 4 + 2000) + 64 * 16 * 128 * 8
-    assert memory.peak_bytes == memory.evaluation_peak > memory.training_peak
-
-
-def plan(available: int, **values: Any) -> Plan:
-    given: dict[str, Any] = {
-        "memory": memory_of(FULL), "facts": FULL, "device": "cpu", "available_bytes": available, "steps": 100,
-        "eval_batches": 10, "max_time_s": None, "save_bytes": 1, "disk_bytes": 1, "price_per_hour": 3.6, **values,
-    }  # fmt: skip
-    return Plan(**given)
-
-
-def test_plan_that_does_not_fit_says_what_would() -> None:
-    tight = plan(100_000)
-    assert tight.fits is False
-    changes = [remedy.change for remedy in tight.remedies()]
-    assert changes[0] == "train_batch_size_per_device: 2, gradient_accumulation_steps: 2"
-    assert "gradient_checkpointing: true" not in changes
-    assert all(remedy.peak_bytes <= 100_000 for remedy in tight.remedies())
-    assert memory_of(with_rows(FULL, 2, 2)).peak_bytes == tight.remedies()[0].peak_bytes
-    told = warnings_of(tight)
-    assert "it will probably not fit" in told[0]
-    assert "train_batch_size_per_device: 2" in told[1]
-    assert len(list(remedies(FULL))) == 5
-
-
-def test_several_processes_hold_a_copy_of_the_gradients_besides() -> None:
-    alone, together = memory_of(FULL), memory_of(replace(FULL, processes=2, eval_rows=4))
-    assert (alone.exchange, together.exchange) == (0, 4000)
-    assert together.training_peak == alone.training_peak + 4000
-    assert together.evaluation_peak == memory_of(replace(FULL, eval_rows=4)).evaluation_peak + 4000
-
-
-def test_hopeless_plan_says_so() -> None:
-    assert "take a smaller base" in warnings_of(plan(10))[1]
-
-
-def test_plan_that_fits_says_nothing() -> None:
-    assert plan(10**9).fits is True
-    assert warnings_of(plan(10**9)) == []
-
-
-def test_time_and_price_follow_from_measured_steps_and_are_not_guessed_without() -> None:
-    assert plan(10**9).seconds is None
-    assert plan(10**9).price is None
-    timed = plan(10**9, measured=Measured(peak_bytes=5, step_seconds=2.0, eval_batch_seconds=0.5))
-    assert timed.seconds == 100 * 2.0 + 10 * 0.5
-    assert timed.price == pytest.approx(0.205)
-    assert timed.peak_bytes == 5
-    assert plan(10**9, max_time_s=60.0, measured=timed.measured).seconds == 60.0
-
-
-# ---- on models ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +45,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_config(folder: Path, base: Path, **values: Any) -> Path:
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = HEAD_ROWS if "task" in values else ROWS
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = {"model_id": str(base), "train_path": "rows.jsonl", "context_length": 64, "max_steps": 2, **values}
     given = {"mixed_precision": "no", "padding": "max_length", "learning_rate": 0.01, **given}
     path = folder / "run.yaml"
@@ -189,6 +64,18 @@ def most_live_bytes(profiled: Any) -> int:
     return most
 
 
+def held_bytes(model: torch.nn.Module) -> int:
+    """Of all weights, with what bitsandbytes keeps beside those that it has made small."""
+    held: dict[int, torch.Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        state: Any = getattr(tensor, "quant_state", None)
+        scales = [] if state is None else [state.absmax, *([state.state2.absmax] if state.nested else [])]
+        beside = getattr(tensor, "SCB", None)
+        for each in (tensor, *scales, *([] if beside is None else [beside])):
+            held[each.untyped_storage()._cdata] = each
+    return sum(each.untyped_storage().nbytes() for each in held.values())
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -198,9 +85,22 @@ def most_live_bytes(profiled: Any) -> int:
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "train_batch_size_per_device": 2},
         {"valid_path": "rows.jsonl", "eval_batch_size_per_device": 8},
+        {**HEAD, "lora_config": {"r": 8}},
+        HEAD,
+        {**HEAD, "gradient_checkpointing": True, "eval_batch_size_per_device": 64},
+        {"lora_config": {"r": 8}, "quantisation": {"load_in": "4bit"}},
+        {"lora_config": {"r": 8}, "quantisation": {"load_in": "4bit", "double_quant": True}, "mixed_precision": "bf16"},
+        {"lora_config": {"r": 8}, "quantisation": {"load_in": "4bit"}, "gradient_checkpointing": True, **IN_BF16},
+        {"lora_config": {"r": 8}, "quantisation": {"load_in": "8bit"}},
+        {"lora_config": {"r": 8}, "quantisation": {"load_in": "8bit"}, **IN_BF16},
     ],
-    ids=["lora", "head", "full", "checkpointing", "accumulation", "validation"],
+    ids=[
+        *("lora", "head", "full", "checkpointing", "accumulation", "validation"),
+        *("new head, lora", "new head, full", "new head, checkpointing"),
+        *("4 bits", "4 bits, bf16", "4 bits, bf16 base, checkpointing", "8 bits", "8 bits, bf16 base"),
+    ],
 )
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 def test_planned_memory_is_within_a_third_of_what_steps_allocate(
     wide: Path, tmp_path: Path, values: dict[str, Any]
 ) -> None:
@@ -215,6 +115,7 @@ def test_planned_memory_is_within_a_third_of_what_steps_allocate(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         measured = calibrate(config, model, tokenizer, data, precision, PeakMeter.start())
+    assert facts.weights_bytes == pytest.approx(held_bytes(model), rel=0.05)
     planned = memory_of(facts).peak_bytes
     allocated = facts.weights_bytes + most_live_bytes(profiled)
     assert 0.75 <= planned / allocated <= 1.33, f"planned {planned}, allocated {allocated}"
@@ -288,6 +189,55 @@ def test_plan_of_a_stream_without_a_number_of_steps_tells_the_time_of_one(base: 
     assert any("s a step; how many a stream has is not known before it was read" in line for line in plan_lines(found))
     timed = plan_of_config(write_config(tmp_path, base, streaming=True, max_steps=None, max_time_s=90.0))
     assert timed.seconds == 90.0
+
+
+def test_plan_of_a_sweep_is_that_of_its_adapters(base: Path, tmp_path: Path) -> None:
+    sweep = [{"name": "small", "r": 2}, {"name": "large", "r": 64}]
+    found = plan_of_config(write_config(tmp_path, base, lora_config={"r": 4}, sweep=sweep))
+    alone = plan_of_config(write_config(tmp_path, base, lora_config={"r": 64}))
+    assert list(found.legs) == ["small", "large"]
+    assert found.memory == alone.memory, "one base, one adapter and its optimiser at a time"
+    small, large = found.legs.values()
+    assert (small.memory or alone.memory) != large.memory
+    assert found.steps == 2 * (alone.steps or 0)
+    assert found.seconds == (small.seconds or 0) + (large.seconds or 0) > 0
+    assert found.disk_bytes < small.disk_bytes + large.disk_bytes
+    told = [line for line in plan_lines(found) if line.startswith("  peak of")]
+    assert [line.split()[2] for line in told] == ["training", "small", "large", "three"]
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_plan_of_a_new_head_knows_that_the_whole_model_is_exported(
+    base: Path, tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    config = write_config(tmp_path, base, lora_config=lora, **HEAD)
+    planned, run = plan_of_config(config), train(config, output=tmp_path / "run")
+    assert planned.measured is not None
+    assert planned.measured.eval_batch_seconds is not None
+    assert planned.memory is not None
+    assert run.summary["plan"]["memory"] == asdict(planned.memory)
+    assert planned.checkpoint_bytes == pytest.approx(_tensor_bytes(run.checkpoint), rel=0.01)
+
+
+def test_run_in_few_bits_records_its_plan(base: Path, tmp_path: Path) -> None:
+    values: dict[str, Any] = {"lora_config": {"r": 4}, "quantisation": {"load_in": "4bit"}}
+    whole = plan_of_config(write_config(tmp_path, base, lora_config={"r": 4}))
+    planned = train(write_config(tmp_path, base, **values), output=tmp_path / "run").summary["plan"]
+    assert whole.memory is not None
+    assert 0 < planned["memory"]["weights"] < whole.memory.weights
+    assert planned["memory"]["optimiser"] == whole.memory.optimiser
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"preference": {}}, "cannot count this config: preference: TRL keeps the logits of both answers"),
+        ({"fsdp": {}, "num_devices": 2}, "cannot count this config: fsdp: what each process holds"),
+    ],
+)
+def test_plan_that_cannot_be_says_why(base: Path, tmp_path: Path, values: dict[str, Any], why: str) -> None:
+    with pytest.raises(UsageError, match=why):
+        plan_of_config(write_config(tmp_path, base, **values))
 
 
 def test_run_over_a_stream_records_its_plan(base: Path, tmp_path: Path) -> None:

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerBase,
+)
 
 from loradock_train.config import TrainConfig
+from loradock_train.errors import ModelError
 from loradock_train.model import (
     Precision,
     add_adapter,
@@ -21,6 +26,16 @@ from loradock_train.model import (
     decide_precision,
 )
 from loradock_train.parameters import select_trainable
+
+
+def _maker(config: TrainConfig, architecture: Any) -> Any:
+    """What makes the model; the architecture learns how many classes its head has. Raises ModelError."""
+    if config.task is None or not config.has_head:
+        return auto_class(architecture)
+    if type(architecture) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise ModelError(f"model_id {config.model_id}: no model with a classification head in transformers")
+    architecture.num_labels = len(config.task.labels)
+    return AutoModelForSequenceClassification
 
 
 @dataclass(frozen=True)
@@ -42,7 +57,7 @@ def blueprint(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Bluepr
         base_dtype = getattr(architecture, "dtype", None) or torch.float32
     precision = decide_precision(config, base_dtype)
     with torch.device("meta"):
-        model: Any = auto_class(architecture).from_config(architecture, dtype=precision.weights)
+        model: Any = _maker(config, architecture).from_config(architecture, dtype=precision.weights)
         model.config._name_or_path = str(config.model_id)
         if config.lora_config is not None:
             model = add_adapter(model, config.lora_config)

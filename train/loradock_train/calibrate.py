@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from loradock_train.before import RunData
 from loradock_train.config import TrainConfig
 from loradock_train.dataset import Collator
+from loradock_train.feed import Collate
+from loradock_train.head import HeadCollator, head_loss
 from loradock_train.loss import can_own_loss
 from loradock_train.model import Precision, inner_model
 from loradock_train.peak import PeakMeter
@@ -39,7 +41,9 @@ def calibrate(
     """Measure. meter: started before the model was loaded."""
     # What a stream's longest row is, nobody knows: its batches are taken as wide as they may be.
     width_tokens = config.context_length if config.padding == "max_length" or config.streaming else None
-    collate = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
+    collate: Collate = Collator(padding_id(tokenizer), config.padding_side, width_tokens)
+    if config.has_head:
+        collate = HeadCollator(Collator(padding_id(tokenizer), width_tokens=width_tokens))
     batch = _longest(data.train, config.train_batch_size_per_device, collate, model.device)
     inner, was_training = inner_model(model), model.training
     arguments = training_arguments(config, length_of(config, len(data.train), num_devices=1), precision, Path())
@@ -47,8 +51,8 @@ def calibrate(
     if config.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    own = can_own_loss(inner, batch["input_ids"][0])
-    with loss_context(inner, own), torch.random.fork_rng(devices=devices):
+    loss = head_loss(inner) if config.has_head else loss_context(inner, can_own_loss(inner, batch["input_ids"][0]))
+    with loss, torch.random.fork_rng(devices=devices):
         optimiser = kind([p for p in model.parameters() if p.requires_grad], **{**options, "lr": 0.0})
         model.train()
         timed = [_step(config, model, batch, optimiser, precision) for _ in range(STEPS)]
@@ -94,7 +98,7 @@ def _autocast(model: Any, precision: Precision) -> torch.autocast:
     return torch.autocast(model.device.type, dtype=dtype, enabled=precision.arithmetic != "no")
 
 
-def _longest(rows: Any, count: int, collate: Collator, device: Any) -> dict[str, Any]:
+def _longest(rows: Any, count: int, collate: Collate, device: Any) -> dict[str, Any]:
     order = sorted(range(len(rows)), key=lambda index: -int(rows[index]["length"]))[:count]
     batch = collate([rows[index] for index in order])
     return {name: tensor.to(device) for name, tensor in batch.items() if name != "num_tokens"}

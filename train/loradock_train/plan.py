@@ -5,8 +5,8 @@ size.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 CHUNK_LOGITS = 2**21
@@ -53,6 +53,8 @@ class Facts:
     """Whether the loss is taken in chunks (loss.py), and not from all logits at once."""
     processes: int = 1
     """That train together, each with the whole model (torch's DistributedDataParallel). All here is of one of them."""
+    unpacked_bytes: int = 0
+    """Of the largest weight that is kept in few bits, in whole: a step works on one of them at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def memory_of(facts: Facts) -> Memory:
     """The arithmetic."""
     gradients, optimiser = facts.trained_bytes, optimiser_bytes(facts)
     casts = facts.trained * facts.compute_bytes if facts.compute_bytes < facts.weight_bytes else 0
-    activations = activation_bytes(facts) + casts
+    activations = activation_bytes(facts) + casts + facts.unpacked_bytes
     logits = logit_bytes(facts, facts.rows * facts.tokens)
     evaluation = 0
     if facts.eval_rows:
@@ -202,12 +204,15 @@ class Plan:
     """Of all validations of the run."""
     max_time_s: float | None
     save_bytes: int
+    checkpoint_bytes: int
     disk_bytes: int
     """Saves that are kept, one that is being written, and the checkpoint."""
     price_per_hour: float | None
     measured: Measured | None = None
     adapter: Remedy | None = None
     """The same as a LoRA run; None where it is one, or fits."""
+    legs: Mapping[str, "Plan"] = field(default_factory=dict)
+    """Of a sweep: the plan of each adapter, by its name; the rest is of all of them."""
 
     @property
     def peak_bytes(self) -> int | None:
@@ -226,6 +231,9 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Of training; None where no step was timed. A device that was not timed has no speed here."""
+        if self.legs:
+            each = [leg.seconds for leg in self.legs.values()]
+            return None if None in each else sum(seconds for seconds in each if seconds is not None)
         if self.measured is None or self.steps is None:
             return self.max_time_s
         evaluations = self.eval_batches * (self.measured.eval_batch_seconds or 0.0)
@@ -267,4 +275,22 @@ class Plan:
             "price": self.price,
             "calibrated": None if self.measured is None else asdict(self.measured),
             "remedies": [asdict(remedy) for remedy in self.remedies()],
+            **({"legs": {name: leg.to_json() for name, leg in self.legs.items()}} if self.legs else {}),
         }
+
+
+def of_sweep(legs: Mapping[str, Plan]) -> Plan:
+    """Adapters one after the other on one base: the memory of the largest, the steps and checkpoints of all, and the
+    saves of one at a time."""
+    largest = max(legs.values(), key=lambda leg: leg.peak_bytes or 0)
+    steps = [leg.steps for leg in legs.values()]
+    saves = [leg.disk_bytes - leg.checkpoint_bytes for leg in legs.values()]
+    return replace(
+        largest,
+        steps=None if None in steps else sum(number for number in steps if number is not None),
+        eval_batches=sum(leg.eval_batches for leg in legs.values()),
+        save_bytes=max(leg.save_bytes for leg in legs.values()),
+        checkpoint_bytes=sum(leg.checkpoint_bytes for leg in legs.values()),
+        disk_bytes=sum(leg.checkpoint_bytes for leg in legs.values()) + max(saves),
+        legs=dict(legs),
+    )

@@ -23,13 +23,14 @@ from loradock_train.peak import available_bytes
 from loradock_train.placement import foretell
 from loradock_train.plan import Facts, Plan, Remedy, memory_of, optimiser_bytes
 from loradock_train.processes import local_world_size
+from loradock_train.quantised import in_few_bits
 from loradock_train.schedule import intervals_of, length_of, length_of_stream
 
 
 def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunData, processes: int = 1) -> Plan:
     """By arithmetic alone. Raises ModelError as the run itself would. processes: of the run, on all machines."""
     made = blueprint(config, tokenizer)
-    checkpoint = foretell(made.model, tokenizer, config.model_id, made.precision.saved).checkpoint_bytes
+    checkpoint = _checkpoint_bytes(config, made, tokenizer)
     trained_bytes = sum(p.numel() * p.element_size() for p in made.model.parameters() if p.requires_grad)
     facts = facts_of(config, made, data, processes)
     save_bytes = trained_bytes + (optimiser_bytes(facts) if facts is not None else 2 * trained_bytes)
@@ -43,10 +44,19 @@ def plan_run(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, data: RunD
         eval_batches=eval_batches,
         max_time_s=config.max_time_s,
         save_bytes=save_bytes,
+        checkpoint_bytes=checkpoint,
         disk_bytes=checkpoint + save_bytes * (config.keep + 1),
         price_per_hour=config.price_per_hour,
     )
     return replace(plan, adapter=_as_adapter(config, tokenizer, data, processes)) if plan.fits is False else plan
+
+
+def _checkpoint_bytes(config: TrainConfig, made: Blueprint, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of the tensors that are exported. With a new head that is the whole model, an adapter merged into it."""
+    if not config.has_head:
+        return foretell(made.model, tokenizer, config.model_id, made.precision.saved).checkpoint_bytes
+    bare = blueprint(config.model_copy(update={"lora_config": None}), tokenizer).model
+    return sum(int(p.numel()) for p in bare.parameters()) * made.precision.saved.itemsize
 
 
 def _available_bytes(processes_here: int) -> int | None:
@@ -74,12 +84,15 @@ def facts_of(config: TrainConfig, made: Blueprint, data: RunData, processes: int
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
     weights_bytes, trained_bytes = (sum(p.numel() * p.element_size() for p in of) for of in (parameters, trained))
+    few_bits = None if config.quantisation is None else in_few_bits(model, config.quantisation)
+    weights_bytes -= 0 if few_bits is None else few_bits.saved_bytes
     head: Any = cast(Any, inner_model(model)).get_output_embeddings()
     trains_head = head is not None and any(p is head.weight for p in trained)
     factored = sum(p.shape[0] + p.numel() // p.shape[0] if p.dim() > 1 else p.numel() for p in trained)
     compute = precision.weights if precision.arithmetic == "no" else torch.bfloat16
     rows, tokens = largest_batch(config, data)
-    activations = count_activations(model.to(compute), rows, tokens)
+    # Quantised layers answer in the type that they are asked in, which is that of the weights around them.
+    activations = count_activations(model.to(compute if few_bits is None else precision.weights), rows, tokens)
     if activations is None:
         return None
     text = inner_model(model).config.get_text_config()
@@ -91,12 +104,12 @@ def facts_of(config: TrainConfig, made: Blueprint, data: RunData, processes: int
         optim=config.optim,
         rows=rows,
         tokens=tokens,
-        eval_rows=0 if data.valid is None else config.eval_batch_size_per_device,
+        eval_rows=0 if data.valid is None else min(config.eval_batch_size_per_device, len(data.valid)),
         kept_bytes=activations.kept_bytes,
         largest_bytes=activations.largest_bytes,
         hidden_bytes=activations.hidden_bytes,
         layers=activations.layers,
-        vocabulary=int(text.vocab_size),
+        vocabulary=int(text.vocab_size) if config.task is None or not config.has_head else len(config.task.labels),
         width=int(text.hidden_size),
         compute_bytes=compute.itemsize,
         weight_bytes=precision.weights.itemsize,
@@ -105,6 +118,7 @@ def facts_of(config: TrainConfig, made: Blueprint, data: RunData, processes: int
         checkpointing=config.gradient_checkpointing,
         accumulation=config.gradient_accumulation_steps,
         processes=processes,
+        unpacked_bytes=0 if few_bits is None else few_bits.largest_numbers * compute.itemsize,
     )
 
 

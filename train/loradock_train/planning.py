@@ -20,12 +20,13 @@ from loradock_train.cost import clock
 from loradock_train.errors import ModelError
 from loradock_train.model import base_config, check_base
 from loradock_train.peak import PeakMeter
-from loradock_train.plan import Plan
+from loradock_train.plan import Plan, of_sweep
 from loradock_train.plan_facts import plan_run
 from loradock_train.processes import world_size
 from loradock_train.remote import local_base
-from loradock_train.shared import Alone
+from loradock_train.shared import Alone, Shared
 from loradock_train.starting import check_start
+from loradock_train.sweep import legs_of
 from loradock_train.tokenizer import make_tokenizer
 from loradock_train.vision import make_processor
 
@@ -33,15 +34,14 @@ _MB = 1e6
 
 
 def plan_of_config(path: str | Path, overrides: Sequence[str] = (), nodes: int = 1) -> Plan:
-    """By arithmetic, and where that fits the device by three real steps; these not for several processes. Raises what
-    the run would raise. nodes: machines, each with the config's num_devices."""
+    """By arithmetic, and where that fits the device by three real steps; these not for several processes. Of a sweep:
+    of each adapter, and of all one after the other. Raises what the run would raise. nodes: machines, each with the
+    config's num_devices."""
     config, _ = local_base(load_config(path, overrides)[0])
     set_seed(config.seed)
     processes = config.num_devices * nodes
     if not can_plan(config):
-        raise UsageError(
-            f"--plan counts text models that each process holds whole, and this config has {', '.join(_beyond(config))}"
-        )
+        raise UsageError(f"--plan cannot count this config: {'; '.join(_beyond(config))}")
     check_start(config, processes)
     architecture = None if config.model_id is None else base_config(config)
     rows, stream = open_rows(config)
@@ -49,30 +49,37 @@ def plan_of_config(path: str | Path, overrides: Sequence[str] = (), nodes: int =
     if architecture is not None:
         check_base(architecture, len(tokenizer), config.context_length)
     if make_processor(config, architecture, rows, tokenizer) is not None:
-        raise UsageError("--plan counts text models, and this base sees images")
+        raise UsageError(
+            "--plan cannot count this config: its base sees images, and how many tokens those are stands in the rows"
+        )
     data = load_data(config, rows, tokenizer, stream=stream)
-    plan = plan_run(config, tokenizer, data, processes)
-    if plan.fits is False or processes > 1:
-        return plan
+    legs = legs_of(config) if config.sweep else {"": config}
+    plans = {name: plan_run(leg, tokenizer, data, processes) for name, leg in legs.items()}
     meter = PeakMeter.start()
-    precision, model, _ = prepare_model(config, architecture, tokenizer, data, Alone())
-    try:
-        return replace(plan, measured=calibrate(config, model, tokenizer, data, precision, meter))
-    except torch.OutOfMemoryError:
-        # What was asked for was more than there is: the arithmetic was too hopeful here.
-        return replace(plan, available_bytes=min(plan.available_bytes or 0, (plan.peak_bytes or 1) - 1))
+    shared = Shared() if config.sweep else Alone()
+
+    def tried(leg: TrainConfig, plan: Plan) -> Plan:
+        precision, model, _ = prepare_model(leg, architecture, tokenizer, data, shared)
+        try:
+            return replace(plan, measured=calibrate(leg, model, tokenizer, data, precision, meter))
+        except torch.OutOfMemoryError:
+            # What was asked for was more than there is: the arithmetic was too hopeful here.
+            return replace(plan, available_bytes=min(plan.available_bytes or 0, (plan.peak_bytes or 1) - 1))
+
+    if processes == 1 and all(plan.fits is not False for plan in plans.values()):
+        plans = {name: tried(legs[name], plan) for name, plan in plans.items()}
+    return of_sweep(plans) if config.sweep else plans[""]
 
 
 def _beyond(config: TrainConfig) -> list[str]:
-    """Keys of runs that the counts do not hold for."""
+    """What the counts do not hold for, and why."""
     given = {
-        "preference": config.preference is not None,
-        "task (with a head)": config.has_head,
-        "fsdp or deepspeed": config.is_sharded,
-        "sweep": bool(config.sweep),
-        "quantisation": config.quantisation is not None,
+        "preference: TRL keeps the logits of both answers, of the model and of the reference, in its own way": (
+            config.preference is not None
+        ),
+        "fsdp: what each process holds at a moment follows from torch's gathering of the parts": config.is_sharded,
     }
-    return [name for name, is_given in given.items() if is_given]
+    return [why for why, is_given in given.items() if is_given]
 
 
 def can_plan(config: TrainConfig) -> bool:
@@ -127,6 +134,8 @@ def plan_lines(plan: Plan) -> Iterator[str]:
         yield f"memory of batches of {plan.facts.rows} x {plan.facts.tokens} tokens{each}, by arithmetic:"
         for name, amount in parts.items():
             yield f"  {name:<28} {_size(amount):>12}"
+        for name, leg in plan.legs.items():
+            yield f"  {'peak of ' + name:<28} {_size(leg.peak_bytes or 0):>12}   {_time_told(leg)}"
     else:
         yield "memory: the activations of this architecture cannot be counted beforehand"
     if plan.measured is not None:

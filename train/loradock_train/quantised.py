@@ -1,9 +1,13 @@
 """What bitsandbytes does for a run: a base kept in 4 or 8 bits. Imports it only where it is asked for."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from loradock_train.config_quantisation import QuantisationOptions
@@ -37,6 +41,45 @@ def loading_options(options: QuantisationOptions | None, arithmetic: str) -> dic
         )
     where = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     return {"quantization_config": wanted, "device_map": {"": where}}
+
+
+BLOCKS = {"4bit": 64, "scales": 256}
+"""Numbers that share a scale, and scales that share one of their own, as bitsandbytes divides them."""
+
+
+@dataclass(frozen=True)
+class FewBits:
+    """What quantisation makes of a model's weights."""
+
+    saved_bytes: int
+    """How much less memory they take than in whole."""
+    largest_numbers: int
+    """Of one weight."""
+
+
+def in_few_bits(model: nn.Module, options: QuantisationOptions) -> FewBits:
+    """Of a model in whole, on torch's meta device: every linear layer is kept in few bits but the head and an
+    adapter's own."""
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = inner.get_output_embeddings()
+    kept = {id(module) for module in (head.modules() if head is not None else ())}
+    weights = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in kept and ".lora_" not in name
+    ]
+    saved = sum(weight.nbytes - quantised_bytes(weight.shape, options) for weight in weights)
+    return FewBits(saved, max((weight.numel() for weight in weights), default=0))
+
+
+def quantised_bytes(shape: Sequence[int], options: QuantisationOptions) -> int:
+    """Of a linear layer's weight of rows x columns, with its scales."""
+    numbers = math.prod(shape)
+    if options.load_in == "8bit":
+        return numbers + 4 * shape[0]
+    scales = math.ceil(numbers / BLOCKS["4bit"])
+    scale_bytes = scales + 4 * math.ceil(scales / BLOCKS["scales"]) if options.double_quant else 4 * scales
+    return math.ceil(numbers / 2) + scale_bytes
 
 
 def keep_differentiable(model: nn.Module) -> None:
