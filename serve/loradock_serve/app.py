@@ -6,7 +6,7 @@ lifespan.
 
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -343,7 +343,7 @@ class _OpenAIFirst:
         self._proxy = proxy
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """ASGI."""
         hot = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in OPENAI_PATHS
-        await (self._proxy if hot else self._app)(scope, receive, send)
+        return (self._proxy if hot else self._app)(scope, receive, send)

@@ -6,7 +6,6 @@ A plain ASGI wrapper around the whole application, so that no route can be forgo
 import hmac
 import ipaddress
 import os
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from loradock_serve.errors import ForbiddenError, GatewayError, UnauthorizedError
+from loradock_serve.header_fields import header_fields
 from loradock_serve.http_errors import error_response, log_refusal
 
 OPEN_PATHS = frozenset({"/livez", "/health"})
@@ -55,7 +55,7 @@ class Doorkeeper:
     def _refusal(self, scope: Scope) -> GatewayError | None:
         if self._key is None:
             return self._refusal_of_strangers(scope)
-        scheme, _, token = _header(scope["headers"], b"authorization").partition(b" ")
+        scheme, _, token = header_fields(scope).get(b"authorization", b"").partition(b" ")
         if not token:
             return UnauthorizedError("This server needs an API key: send `Authorization: Bearer KEY`")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._key):
@@ -65,9 +65,10 @@ class Doorkeeper:
     def _refusal_of_strangers(self, scope: Scope) -> GatewayError | None:
         # A web page can make a browser send requests to this machine: under a name of its own that leads here, which
         # shows in Host, or plainly across origins, which shows in Origin.
-        origin = _header(scope["headers"], b"origin")
+        fields = header_fields(scope)
+        origin = fields.get(b"origin")
         from_here = not origin or _names_this_machine(origin.partition(b"://")[2] or b"null")
-        if from_here and _names_this_machine(_header(scope["headers"], b"host")):
+        if from_here and _names_this_machine(fields.get(b"host", b"")):
             return None
         return ForbiddenError(
             "Without an admin key only this machine is served, under its loopback names: "
@@ -94,10 +95,6 @@ def behind_proxies(app: ASGIApp) -> ASGIApp:
     """
     trusted = os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")
     return cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
-
-
-def _header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
-    return next((value for key, value in headers if key == name), b"")
 
 
 @lru_cache(maxsize=256)

@@ -7,6 +7,7 @@ engines but the states it is told.
 
 import asyncio
 import difflib
+import math
 import random
 import threading
 import time
@@ -33,6 +34,8 @@ KNOWN_TIMEOUT_S = 2.0
 """For a name of which is known what it meant before."""
 AWAY_S = 5.0
 """How long a database that did not answer is not asked again about such names."""
+LOOK_EVERY_S = 0.001
+"""Less than it takes to hear that a push is done and to send a request."""
 NEAR_NAMES = 3
 MAX_REF_CHARS = 200
 """No name with a digest behind it is longer; what is longer is like none."""
@@ -103,6 +106,7 @@ class Catalog:
         self._threads = ThreadPoolExecutor(LOOKUPS, "loradock-names")
         self._searching = threading.Lock()
         self._generation = -1
+        self._looked_at_s = -math.inf
         self._created = int(time.time())
         self.on_change: Callable[[], None] = lambda: None
         """Called whenever a name points elsewhere."""
@@ -152,8 +156,11 @@ class Catalog:
             self._remember(model, resolved)
 
     async def find(self, model: str) -> Resolved:
-        """`know`, then `resolve`. What is known already costs one look for changes, which is a system call."""
-        self._look_for_changes()
+        """`know`, then `resolve`. For what is known already nobody looks for changes by others more often than every
+        `LOOK_EVERY_S`: each look is a few system calls."""
+        if (now_s := time.monotonic()) - self._looked_at_s > LOOK_EVERY_S:
+            self._looked_at_s = now_s
+            self._look_for_changes()
         if (known := self._cache.get(model) or self._guess(model)) is not None:
             return known
         await self.know(model)

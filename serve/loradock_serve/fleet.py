@@ -10,10 +10,12 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from types import TracebackType
+from typing import NamedTuple, Protocol
 
 from loradock_adapters.registry import Version
 from loradock_serve import fleet_policy
@@ -36,8 +38,7 @@ log = logging.getLogger("loradock.fleet")
 REAP_EVERY_S = 1.0
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Where a request goes."""
 
     client: EngineClient
@@ -123,19 +124,9 @@ class Fleet:
         entry = self._dedicated.get(digest)
         return entry.engine.state if entry is not None else "stopped"
 
-    @contextlib.contextmanager
-    def answering(self, version: Version | None) -> Iterator[None]:
+    def answering(self, version: Version | None) -> AbstractContextManager[None]:
         """A request has found its version, and needs its files until it is answered, between its leases too."""
-        if version is None:
-            yield
-            return
-        self._answering[version.digest] += 1
-        try:
-            yield
-        finally:
-            self._answering[version.digest] -= 1
-            if not self._answering[version.digest]:
-                del self._answering[version.digest]
+        return _NOTHING if version is None else _Counted(self._answering, version.digest)
 
     def use_of(self, digest: str) -> str | None:
         """What needs the files of a version at this moment, in words; None where nothing does."""
@@ -172,22 +163,21 @@ class Fleet:
             with contextlib.suppress(EngineError):  # it does not know it: so much the better
                 await start.client.unload_adapter(digest)
 
-    @contextlib.asynccontextmanager
-    async def lease(self, version: Version | None, timeout_s: float | None = None) -> AsyncIterator[Target]:
+    def lease(self, version: Version | None, timeout_s: float | None = None) -> AbstractAsyncContextManager[Target]:
         """The engine for a version (None: the base itself), ready, with the adapter loaded; kept until the block ends.
 
         Held up to `timeout_s`, by default what the config says for the placement. Raises EngineUnavailableError,
         EngineStartError, EngineRefusedError or ConflictError.
         """
         if version is not None and version.placement == "dedicated":
-            async with self._lease_dedicated(version, timeout_s) as target:
-                yield target
-            return
-        hold_s = self._engine_config.hold_s if timeout_s is None else timeout_s
+            return self._lease_dedicated(version, timeout_s)
+        return _SharedLease(self, version, self._engine_config.hold_s if timeout_s is None else timeout_s)
+
+    async def enter_shared(self, version: Version | None, hold_s: float) -> Target:
+        """A lease of the base's engine begins."""
         if version is None:
             start = await self.base.ensure_ready(hold_s)
-            yield Target(start.client, BASE_NAME, self.base, start.number)
-            return
+            return Target(start.client, BASE_NAME, self.base, start.number)
         digest = version.digest
         self._shared_in_use[digest] += 1
         self._forgotten.discard(digest)
@@ -197,13 +187,21 @@ class Fleet:
             start = await self._with_adapter(version, hold_s)
             target = Target(start.client, digest, self.base, start.number)
             await self.on_use(version, target)
-            yield target
-        finally:
-            self._shared_in_use[digest] -= 1
-            if not self._shared_in_use[digest]:
-                del self._shared_in_use[digest]
-                if digest in self._forgotten:
-                    self._unload(digest)
+        except BaseException:
+            self.leave_shared(version)
+            raise
+        return target
+
+    def leave_shared(self, version: Version | None) -> None:
+        """A lease of the base's engine ends."""
+        if version is None:
+            return
+        digest = version.digest
+        self._shared_in_use[digest] -= 1
+        if not self._shared_in_use[digest]:
+            del self._shared_in_use[digest]
+            if digest in self._forgotten:
+                self._unload(digest)
 
     async def keep_loaded(self, version: Version, hold_s: float) -> EngineStart:
         """The base's start, with a shared adapter loaded, for whoever wants it there without a request."""
@@ -388,3 +386,40 @@ class Fleet:
             await asyncio.sleep(REAP_EVERY_S)
             for digest in fleet_policy.idle_too_long(self._views(), time.monotonic(), self._config.idle_timeout_s):
                 self._send_away(digest)
+
+
+# By hand and not by contextlib: these are on the way of every request, and a generator costs as much as what it does.
+
+
+class _SharedLease:
+    def __init__(self, fleet: Fleet, version: Version | None, hold_s: float) -> None:
+        self._fleet = fleet
+        self._version = version
+        self._hold_s = hold_s
+
+    async def __aenter__(self) -> Target:
+        return await self._fleet.enter_shared(self._version, self._hold_s)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._fleet.leave_shared(self._version)
+
+
+class _Counted:
+    def __init__(self, counts: Counter[str], key: str) -> None:
+        self._counts = counts
+        self._key = key
+
+    def __enter__(self) -> None:
+        self._counts[self._key] += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._counts[self._key] -= 1
+        if not self._counts[self._key]:
+            del self._counts[self._key]
+
+
+_NOTHING = contextlib.nullcontext()

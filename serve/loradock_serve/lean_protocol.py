@@ -115,6 +115,8 @@ class LeanCycle:
             if not self.response_complete and not self.disconnected:
                 self._writes.flush()
                 self._transport.close()
+            # Circles of references, which would leave each request to the garbage collector.
+            self._scope, self._hang_up = {}, None
 
     async def _fail(self) -> None:
         if not self._response_started:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from functools import lru_cache
 from typing import TextIO
 
 WRITE_EVERY_S = 0.2
@@ -33,7 +34,24 @@ class LogLines(logging.StreamHandler[TextIO]):
             return
         self._waiting.append(line)
         patient = record.name == self._patient and record.levelno <= logging.INFO
-        if not patient or len(self._waiting) >= MAX_WAITING:
+        if not patient:
+            self.flush()
+        else:
+            self._flush_later()
+
+    def say(self, text: str) -> None:
+        """A line of the patient logger as `emit` would write it, at INFO, now."""
+        now_s = time.time()
+        line = f"{_shown_time(now_s)} INFO {self._patient}: {text}"
+        self.acquire()
+        try:
+            self._waiting.append(line)
+        finally:
+            self.release()
+        self._flush_later()
+
+    def _flush_later(self) -> None:
+        if len(self._waiting) >= MAX_WAITING:
             self.flush()
         elif self._timer is None:
             try:
@@ -55,15 +73,39 @@ class LogLines(logging.StreamHandler[TextIO]):
             self.release()
 
 
+class RequestLog:
+    """The lines about single requests: records of a logger, or, once `write_to` was called, lines without a record,
+    which takes a third of the time."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self.name = logger.name
+        self._logger = logger
+        self._lines: LogLines | None = None
+
+    def write_to(self, lines: LogLines) -> None:
+        """Whoever else listens to the logger hears nothing any more."""
+        self._lines = lines
+
+    def info(self, template: str, *values: object) -> None:
+        """One line."""
+        if self._lines is None:
+            self._logger.info(template, *values)
+        elif self._logger.isEnabledFor(logging.INFO):
+            self._lines.say(template % values)
+
+
 class _Formatter(logging.Formatter):
-    """The default one's time, of which all but the milliseconds is made once a second."""
-
-    _second = -1
-    _shown = ""
-
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
         """logging."""
-        second = int(record.created)
-        if second != self._second:
-            self._second, self._shown = second, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))
-        return f"{self._shown},{int(record.msecs):03d}"
+        return _shown_time(record.created)
+
+
+def _shown_time(now_s: float) -> str:
+    """As logging's own formatter has it."""
+    second = int(now_s)
+    return f"{_shown_second(second)},{int((now_s - second) * 1000):03d}"
+
+
+@lru_cache(maxsize=1)
+def _shown_second(second: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(second))

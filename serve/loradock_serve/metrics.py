@@ -10,6 +10,7 @@ from functools import cache
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from loradock_adapters.registry import Version
+from loradock_serve.tallies import Count, CounterTally, HistogramTally, Spread
 
 REGISTRY = CollectorRegistry()
 CLIENT_GONE = 499
@@ -20,23 +21,29 @@ MAX_MODEL_LABELS = 200
 MAX_VERSION_LABELS = 500
 """Versions that have time series of their own at one moment; the one that was asked least recently makes room."""
 
-REQUESTS = Counter(
-    "loradock_requests_total",
-    "Requests to the OpenAI routes, by route and status.",
-    ["route", "status"],
-    registry=REGISTRY,
+REQUESTS = CounterTally(
+    "loradock_requests_total", "Requests to the OpenAI routes, by route and status.", ["route", "status"], REGISTRY
 )
-REQUEST_SECONDS = Histogram(
+REQUEST_SECONDS = HistogramTally(
     "loradock_request_seconds",
     "From a request's arrival to the end of its answer.",
     ["route"],
+    REGISTRY,
     buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000),
-    registry=REGISTRY,
 )
-IN_FLIGHT = Gauge("loradock_requests_in_flight", "Requests that are being answered or held.", registry=REGISTRY)
-TOKENS = Counter(
-    "loradock_tokens_total", "Tokens by the engine's own figures.", ["model", "direction"], registry=REGISTRY
+
+
+class _InFlight:
+    """Requests that are being answered or held. A plain number: it changes twice with each of them."""
+
+    count = 0
+
+
+IN_FLIGHT = _InFlight()
+Gauge("loradock_requests_in_flight", "Requests that are being answered or held.", registry=REGISTRY).set_function(
+    lambda: IN_FLIGHT.count
 )
+TOKENS = CounterTally("loradock_tokens_total", "Tokens by the engine's own figures.", ["model", "direction"], REGISTRY)
 LOAD_BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 ADAPTER_LOAD_SECONDS = Histogram(
     "loradock_adapter_load_seconds",
@@ -44,11 +51,11 @@ ADAPTER_LOAD_SECONDS = Histogram(
     buckets=LOAD_BUCKETS_S,
     registry=REGISTRY,
 )
-ADAPTER_REQUESTS = Counter(
+ADAPTER_REQUESTS = CounterTally(
     "loradock_adapter_requests_total",
     "Requests to adapters, by whether the engine had the adapter loaded when they came.",
     ["model", "found"],
-    registry=REGISTRY,
+    REGISTRY,
 )
 VERSION_REQUESTS = Counter(
     "loradock_version_requests_total",
@@ -100,12 +107,13 @@ ENGINE_STARTS = Gauge(
     "loradock_engine_starts", "Starts of the base's engine since the gateway's own.", registry=REGISTRY
 )
 
-QUEUE_SECONDS = Histogram(
+QUEUE_SECONDS = HistogramTally(
     "loradock_queue_seconds",
     "How long requests that were given to an engine waited for their turn in our queue.",
+    [],
+    REGISTRY,
     buckets=(0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300),
-    registry=REGISTRY,
-)
+).labels()
 QUEUED = Gauge(
     "loradock_queue_length", "Requests that wait for their turn on an engine.", ["engine"], registry=REGISTRY
 )
@@ -221,15 +229,15 @@ def count_engine(before: Mapping[str, int], now: Mapping[str, int]) -> None:
 
 
 @cache
-def _tokens(label: str) -> tuple[Counter, Counter]:
+def _tokens(label: str) -> tuple[Count, Count]:
     return TOKENS.labels(label, "prompt"), TOKENS.labels(label, "completion")
 
 
 @cache
-def _requests(route: str, status: int) -> tuple[Counter, Histogram]:
+def _requests(route: str, status: int) -> tuple[Count, Spread]:
     return REQUESTS.labels(route, status), REQUEST_SECONDS.labels(route)
 
 
 @cache
-def _adapter_requests(label: str, found: str) -> Counter:
+def _adapter_requests(label: str, found: str) -> Count:
     return ADAPTER_REQUESTS.labels(label, found)

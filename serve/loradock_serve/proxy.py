@@ -31,19 +31,22 @@ from loradock_serve.errors import (
     TooLargeError,
 )
 from loradock_serve.fleet import Fleet, Target
+from loradock_serve.header_fields import header_fields, header_text
 from loradock_serve.http_errors import UNFORESEEN, explained, status_of
 from loradock_serve.lazy_models import LazyModels
+from loradock_serve.log_lines import RequestLog
 from loradock_serve.reply import Reply
 from loradock_serve.sse import Usage
 from loradock_serve.tickets import Ask
 from loradock_serve.turnstile import Turn, Turnstiles
 from loradock_serve.waiting_room import WaitingRoom
 
-log = logging.getLogger("loradock.requests")
+REQUESTS = RequestLog(logging.getLogger("loradock.requests"))
 
 EXAMINED_WITHIN_S = 1.0
 MAX_ERROR_BYTES = 64 * 1024
-FORWARDED = (b"x-request-id", b"traceparent", b"tracestate")
+TRACING = (b"traceparent", b"tracestate")
+"""Headers that go on to the engine as they are."""
 MAX_REQUEST_ID_CHARS = 128
 MAX_NAME_CHARS = 200
 NO_ROUTE = {"Not Found", "Method Not Allowed"}
@@ -79,11 +82,11 @@ class OpenAIProxy:
         began = time.monotonic()
         reply = Reply(send, _request_id(scope))
         status = 500  # what stays if something happens that nobody thought of
-        metrics.IN_FLIGHT.inc()
+        metrics.IN_FLIGHT.count += 1
         try:
-            timeout_s, whose = timeout_of(_header(scope, b"x-request-timeout"), self._timeout_s)
+            timeout_s, whose = timeout_of(header_text(scope, b"x-request-timeout"), self._timeout_s)
             with CutShort(reply, timeout_s, whose) as cut:
-                body = await read_body(receive, self._max_body_bytes, _header(scope, b"content-length"))
+                body = await read_body(receive, self._max_body_bytes, header_text(scope, b"content-length"))
                 cut.watch(scope, receive)
                 await self._answer(scope, reply, body, began + timeout_s)
             status = reply.status
@@ -99,14 +102,14 @@ class OpenAIProxy:
             # have its body, is to live as long.
             error.__traceback__ = None
         finally:
-            metrics.IN_FLIGHT.dec()
+            metrics.IN_FLIGHT.count -= 1
             seconds = time.monotonic() - began
             metrics.count_request(scope["path"], status, seconds)
             if reply.version is not None:
                 broken = status == 200 and reply.error_code is not None  # after the head of a stream
                 metrics.count_version(reply.version, 500 if broken else status, seconds)
             outcome = f"{status}" if reply.error_code is None else f"{status} {_shown(reply.error_code)}"
-            log.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), outcome, seconds, reply.request_id)
+            REQUESTS.info("%s %s %s %.3fs %s", scope["path"], _shown(reply.model), outcome, seconds, reply.request_id)
 
     async def _answer(self, scope: Scope, reply: Reply, body: bytes, deadline_at: float) -> None:
         path = scope["path"]
@@ -261,7 +264,7 @@ async def read_body(receive: Receive, limit_bytes: int, announced: str) -> bytes
 
 def _request_id(scope: Scope) -> str:
     """The client's own, where it is one that headers and logs can carry; else a new one."""
-    own = _header(scope, b"x-request-id")
+    own = header_text(scope, b"x-request-id")
     usable = 0 < len(own) <= MAX_REQUEST_ID_CHARS and own.isascii() and own.isprintable()
     return own if usable else f"req-{random.getrandbits(128):032x}"
 
@@ -273,14 +276,10 @@ def _shown(word: str | None) -> str:
     return word if len(word) <= MAX_NAME_CHARS and word.isprintable() else ascii(word[:MAX_NAME_CHARS])
 
 
-def _header(scope: Scope, name: bytes) -> str:
-    value = next((value for key, value in scope["headers"] if key == name), b"")
-    return str(value.decode("latin-1"))
-
-
 def _engine_headers(scope: Scope, request_id: str) -> dict[str, str]:
     headers = {"content-type": "application/json", "x-request-id": request_id}
-    for key, value in scope["headers"]:
-        if key in FORWARDED[1:]:
-            headers[key.decode()] = value.decode("latin-1")
+    fields = header_fields(scope)
+    for name in TRACING:
+        if name in fields:
+            headers[name.decode()] = fields[name].decode("latin-1")
     return headers

@@ -21,6 +21,7 @@ from loradock_serve.errors import ServeConfigError
 from loradock_serve.lean_protocol import LeanProtocol, hot_paths
 from loradock_serve.log_lines import LogLines
 from loradock_serve.process import adopt_orphans
+from loradock_serve.proxy import REQUESTS
 
 log = logging.getLogger("loradock.gateway")
 
@@ -33,8 +34,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def run(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM, then stop orderly and return. Raises ServeConfigError where it cannot begin."""
     # The lines of a server are read by people and by log collectors: one each, on stderr, with a time.
-    lines = LogLines(sys.stderr, patient="loradock.requests")
+    lines = LogLines(sys.stderr, patient=REQUESTS.name)
     logging.basicConfig(level=logging.INFO, handlers=[lines])
+    REQUESTS.write_to(lines)
     # Nothing of this is in our lines, and gathering it is half of a line's cost (logging's own how-to, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     vars(logging)["_srcfile"] = None

@@ -7,6 +7,7 @@ everything else is dumped. Both ways parse to the same (`tests/serve/test_splice
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 KEY = b'"model"'
@@ -16,27 +17,36 @@ PLAIN_TEXT = re.compile(rb'\s*:\s*"[^"\\]*"')
 SPACE = b" \t\r\n"
 
 
-def written(body: bytes, parsed: Mapping[str, Any], wanted: Mapping[str, Any]) -> bytes:
-    """`wanted` as JSON, where `parsed` is what `body` says. Values that both share are the same objects."""
-    spliced = _spliced(body, parsed, wanted)
-    return spliced if spliced is not None else json.dumps(wanted).encode()
+def written(
+    body: bytes, parsed: Mapping[str, Any], model: str, changes: Mapping[str, Any], left_out: str | None = None
+) -> bytes:
+    """As JSON what `body` says, which is `parsed`, but for another model, these members and without that one."""
+    spliced = _spliced(body, parsed, model, changes, left_out)
+    if spliced is not None:
+        return spliced
+    wanted = {**parsed, "model": model, **changes}
+    if left_out is not None:
+        wanted.pop(left_out, None)
+    return json.dumps(wanted).encode()
 
 
-def _spliced(body: bytes, parsed: Mapping[str, Any], wanted: Mapping[str, Any]) -> bytes | None:
-    added = {}
-    for key, value in wanted.items():
-        if key not in parsed:
-            added[key] = value
-        elif value is not parsed[key] and key != "model":
-            return None
-    if len(wanted) != len(parsed) + len(added) or "model" not in parsed:
-        return None  # something goes away
+def _spliced(
+    body: bytes, parsed: Mapping[str, Any], model: str, changes: Mapping[str, Any], left_out: str | None = None
+) -> bytes | None:
+    if left_out in parsed or "model" not in parsed or any(key in parsed for key in changes):
+        return None
     place = _model_text(body)
     if place is None:
         return None
     start, end = place
-    first = json.dumps(added)[1:-1].encode() + b"," if added else b""
-    return b'{%b%b"model":%b%b' % (first, body[1:start], json.dumps(wanted["model"]).encode(), body[end:])
+    first = json.dumps(changes)[1:-1].encode() + b"," if changes else b""
+    return b'{%b%b"model":%b%b' % (first, body[1:start], quoted(model), body[end:])
+
+
+@lru_cache(maxsize=4096)
+def quoted(name: str) -> bytes:
+    """As a text in JSON."""
+    return json.dumps(name).encode()
 
 
 def _model_text(body: bytes) -> tuple[int, int] | None:

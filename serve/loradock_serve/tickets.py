@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from loradock_serve.fair_share import Tenant
 from loradock_serve.slots import UNLIMITED, Adapter
@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 State = Literal["new", "queued", "running", "gone"]
 
 
-@dataclass(frozen=True)
-class Ask:
+class Ask(NamedTuple):
     """What a request asks of an engine."""
 
     tenant: str

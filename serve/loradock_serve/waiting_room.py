@@ -4,8 +4,8 @@ Admission bounds the queue of an engine that is ready. Before it stand those who
 and whoever waits holds its body in memory. Knows nothing of engines, adapters or turns.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 from loradock_serve import metrics
 from loradock_serve.errors import QueueFullError
@@ -15,12 +15,20 @@ RETRY_AFTER_S = 5
 
 
 class Place:
-    """One request's place."""
+    """One request's place: a context manager, which gives it back in the end."""
 
     def __init__(self, room: "WaitingRoom", size_bytes: int) -> None:
         self._room = room
         self._size_bytes = size_bytes
         self._before_engine = self._waits = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.leave()
 
     def take(self) -> None:
         """It waits for its engine. QueueFullError where there is no room."""
@@ -54,14 +62,9 @@ class WaitingRoom:
         self.waiting_bytes = 0
         """Their bodies, and those of the requests that wait for a turn."""
 
-    @contextmanager
-    def place(self, size_bytes: int) -> Iterator[Place]:
-        """A place for a body of this size, which is given back in the end."""
-        place = Place(self, size_bytes)
-        try:
-            yield place
-        finally:
-            place.leave()
+    def place(self, size_bytes: int) -> Place:
+        """A place for a body of this size, not taken yet."""
+        return Place(self, size_bytes)
 
     def check(self, size_bytes: int) -> None:
         """QueueFullError where one request more would be too many."""

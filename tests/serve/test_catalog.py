@@ -231,14 +231,32 @@ async def test_name_is_asked_for_once_however_many_want_to_know_it(away: AwayReg
         await catalog.know("b")
 
 
-async def test_name_that_is_known_costs_one_look_for_changes(away: AwayRegistry) -> None:
+async def test_name_that_is_known_costs_one_look_for_changes_a_while(
+    away: AwayRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "LOOK_EVERY_S", 3600.0)
     catalog = catalog_on(away)
     first = await catalog.find("a")
     before = away.looks
+    for _ in range(3):
+        assert await catalog.find("a") is first
+    assert away.looks == before
+    monkeypatch.setattr(catalog_module, "LOOK_EVERY_S", 0.0)
+    await asyncio.sleep(0.002)  # the clock has moved on
     assert await catalog.find("a") is first
     assert away.looks == before + 1
     away.number = 1
+    await asyncio.sleep(0.002)
     assert (await catalog.find("a")).engine_name == manifest("one").digest
+    assert away.asked == ["a", "a"]
+
+
+async def test_own_change_of_a_name_is_seen_at_once(away: AwayRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog_module, "LOOK_EVERY_S", 3600.0)
+    catalog = catalog_on(away)
+    await catalog.find("a")
+    catalog.changed()
+    await catalog.find("a")
     assert away.asked == ["a", "a"]
 
 

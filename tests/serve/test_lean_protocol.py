@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import uvicorn
 from starlette.types import Receive, Scope, Send
 
 from loradock_serve import lean_protocol
-from loradock_serve.lean_protocol import HANG_UP, LeanProtocol, hot_paths
+from loradock_serve.lean_protocol import HANG_UP, LeanCycle, LeanProtocol, hot_paths
 from loradock_testing.waiting import until
 
 
@@ -126,6 +128,26 @@ def was_lean(app: App, number: int = -1) -> bool:
 
 
 POST = "POST /hot HTTP/1.1"
+
+
+async def test_requests_are_gone_when_they_are_answered_without_the_garbage_collector() -> None:
+    cycles: list[weakref.ref[LeanCycle]] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        cycles.append(weakref.ref(cast(Any, send).__self__))
+        scope["extensions"][HANG_UP](lambda: cast(Any, send)({}))  # who is told of the end writes the answer, mostly
+        await start(send, (b"content-length", b"3"))
+        await body(send, b"yes")
+
+    gc.disable()
+    try:
+        async with connected(cast(Any, app)) as client:
+            for _ in range(3):
+                assert (await client.ask(POST))[1] == b"yes"
+            assert [cycle() is None for cycle in cycles] == [True, True, False]  # a connection knows its latest
+    finally:
+        gc.enable()
 
 
 async def test_whole_answers_follow_each_other_on_one_connection() -> None:

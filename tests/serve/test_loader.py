@@ -69,7 +69,7 @@ async def test_healthy_engine_that_fails_to_load_is_no_reason_to_wait() -> None:
 async def test_adapter_that_the_engine_lost_is_loaded_again() -> None:
     world = World()
     target = await world.use(LORA)
-    world.fleet.lost(replace(target, start_number=7))  # of another start: not this one's business
+    world.fleet.lost(target._replace(start_number=7))  # of another start: not this one's business
     await world.use(LORA)
     assert world.base.client.calls == [LOAD]
     world.fleet.lost(target)

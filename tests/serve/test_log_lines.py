@@ -3,12 +3,13 @@
 import errno
 import io
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
 
 from loradock_serve import log_lines
-from loradock_serve.log_lines import LogLines
+from loradock_serve.log_lines import LogLines, RequestLog
 from loradock_testing.waiting import until
 
 REQUESTS = "test.requests"
@@ -86,10 +87,27 @@ def test_time_is_written_as_logging_writes_it(stream: io.StringIO) -> None:
         assert log_lines._Formatter("%(asctime)s").format(record) == expected
 
 
-def test_handler_times_of_one_second_differ_in_milliseconds(stream: io.StringIO) -> None:
-    formatter = log_lines._Formatter("%(asctime)s")
-    record = logging.LogRecord("n", logging.INFO, "p", 1, "m", None, None)
-    record.created, record.msecs = 1_700_000_000.0, 0.0
-    first = formatter.format(record)
-    record.msecs = 999.0
-    assert formatter.format(record) == first.replace(",000", ",999")
+async def test_lines_about_requests_are_the_same_with_and_without_records(stream: io.StringIO) -> None:
+    requests = RequestLog(logging.getLogger(REQUESTS))
+    requests.info("%s took %.3fs", "/v1/completions", 0.25)
+    handler = next(each for each in logging.getLogger("test").handlers if isinstance(each, LogLines))
+    requests.write_to(handler)
+    requests.info("%s took %.3fs", "/v1/completions", 0.25)
+    assert stream.getvalue() == ""
+    handler.flush()
+    first, second = (re.sub(r"\d", "0", line) for line in stream.getvalue().splitlines())
+    assert first == second == "0000-00-00 00:00:00,000 INFO test.requests: /v0/completions took 0.000s"
+
+
+async def test_level_of_the_logger_holds_without_records(stream: io.StringIO) -> None:
+    requests = RequestLog(logging.getLogger(REQUESTS))
+    handler = next(each for each in logging.getLogger("test").handlers if isinstance(each, LogLines))
+    requests.write_to(handler)
+    logging.getLogger(REQUESTS).setLevel(logging.WARNING)
+    try:
+        requests.info("not said")
+    finally:
+        logging.getLogger(REQUESTS).setLevel(logging.NOTSET)
+    requests.info("said")
+    handler.flush()
+    assert messages(stream) == ["said"]

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from loradock_serve import metrics
+from loradock_serve.tallies import _Tally
 from loradock_testing.checkpoints import write_adapter
 from loradock_testing.gateway import Served
 
@@ -61,7 +62,7 @@ def test_table_of_metrics_has_each_metric_with_its_labels() -> None:
 
 def collector_labels(family: str) -> tuple[str, ...]:
     collector: Any = metrics.REGISTRY._names_to_collectors[family]
-    labels: tuple[str, ...] = collector._labelnames
+    labels: tuple[str, ...] = collector.label_names if isinstance(collector, _Tally) else collector._labelnames
     return labels
 
 

@@ -102,7 +102,7 @@ async def test_stream_says_that_it_is_not_to_be_buffered(shared: Served) -> None
 
 async def test_tokens_are_metered_by_the_engines_figures_streamed_or_not(shared: Served) -> None:
     def counted() -> float:
-        return float(metrics.TOKENS.labels("base", "completion")._value.get())
+        return metrics.TOKENS.labels("base", "completion").value
 
     before = counted()
     await shared.complete("base", "a b c")
@@ -288,7 +288,7 @@ async def test_client_that_leaves_a_stream_aborts_it_in_the_engine(shared: Serve
         return await aborted(shared) == before + 1
 
     await until(is_aborted, "the abort")
-    await until(lambda: metrics.IN_FLIGHT._value.get() == 0, "the end of the request")
+    await until(lambda: metrics.IN_FLIGHT.count == 0, "the end of the request")
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -307,7 +307,7 @@ async def test_client_that_leaves_before_the_first_byte_aborts_it_in_the_engine(
         return await aborted(shared) == before + 1
 
     await until(is_aborted, "the abort")
-    await until(lambda: metrics.IN_FLIGHT._value.get() == 0, "the end of the request")
+    await until(lambda: metrics.IN_FLIGHT.count == 0, "the end of the request")
 
 
 async def test_client_that_leaves_while_its_engine_starts_leaves_nothing(
@@ -315,12 +315,12 @@ async def test_client_that_leaves_while_its_engine_starts_leaves_nothing(
 ) -> None:
     may_start = hold_back(monkeypatch)
     asking = asyncio.create_task(shared.complete("base", "held"))
-    await until(lambda: metrics.IN_FLIGHT._value.get() == 1, "the request")
-    gone = metrics.REQUESTS.labels("/v1/completions", metrics.CLIENT_GONE)._value
-    before = gone.get()
+    await until(lambda: metrics.IN_FLIGHT.count == 1, "the request")
+    gone = metrics.REQUESTS.labels("/v1/completions", metrics.CLIENT_GONE)
+    before = gone.value
     asking.cancel()
-    await until(lambda: metrics.IN_FLIGHT._value.get() == 0, "its end")
-    assert gone.get() == before + 1
+    await until(lambda: metrics.IN_FLIGHT.count == 0, "its end")
+    assert gone.value == before + 1
     may_start.set()
     assert not [sent for sent in (await shared.seen())["requests"] if sent["body"].get("prompt") == "held"]
 
