@@ -23,7 +23,7 @@ from loradock_adapters.names import ModelRef, parse_ref
 from loradock_adapters.registry import Registry, Version
 from loradock_serve.engine_command import BASE_NAME
 from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailedError, UnfitError, WrongTaskError
-from loradock_serve.proof import Proof
+from loradock_serve.proof import Proof, is_proven
 from loradock_serve.rewrite import CHAT, CLASSIFY, COMPLETIONS, Behaviour
 from loradock_serve.shares import pick
 
@@ -289,10 +289,14 @@ class Catalog:
 
 def refuse_unfit(version: Version | None) -> None:
     """UnfitError where this server cannot serve the version, ProofFailedError where it does not answer as it must."""
-    if version is not None and version.placement == "rejected":
+    if version is None:
+        return
+    if version.placement == "rejected":
         raise UnfitError(f"{version.name!r} version {version.number}", version.reasons[0])
-    proof = Proof.from_json(version.proof) if version is not None else None
-    if version is not None and proof is not None and proof.state == "failed" and proof.reason is not None:
+    if is_proven(version.proof):
+        return
+    proof = Proof.from_json(version.proof)
+    if proof is not None and proof.state == "failed" and proof.reason is not None:
         raise ProofFailedError(f"{version.name!r} version {version.number}", proof.reason)
 
 

@@ -14,14 +14,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from loradock_adapters.registry import Version
 from loradock_serve import fleet_policy
 from loradock_serve.config import DedicatedConfig, EngineConfig
 from loradock_serve.engine import AttachedEngine, Engine, EngineStart
-from loradock_serve.engine_client import EngineClient
 from loradock_serve.engine_command import BASE_NAME
 from loradock_serve.errors import (
     ConflictError,
@@ -30,22 +28,13 @@ from loradock_serve.errors import (
     EngineUnavailableError,
     ProofFailedError,
 )
+from loradock_serve.leases import NOTHING, Counted, SharedLease, Target
 from loradock_serve.ledger import Ledger
 from loradock_serve.loader import AdapterLoader, Packs
 
 log = logging.getLogger("loradock.fleet")
 
 REAP_EVERY_S = 1.0
-
-
-class Target(NamedTuple):
-    """Where a request goes."""
-
-    client: EngineClient
-    engine_model: str
-    """What the engine calls the model: a digest, or `base`."""
-    engine: Engine | AttachedEngine
-    start_number: int
 
 
 async def _nothing(_version: Version, _target: Target) -> None:
@@ -126,7 +115,7 @@ class Fleet:
 
     def answering(self, version: Version | None) -> AbstractContextManager[None]:
         """A request has found its version, and needs its files until it is answered, between its leases too."""
-        return _NOTHING if version is None else _Counted(self._answering, version.digest)
+        return NOTHING if version is None else Counted(self._answering, version.digest)
 
     def use_of(self, digest: str) -> str | None:
         """What needs the files of a version at this moment, in words; None where nothing does."""
@@ -171,7 +160,7 @@ class Fleet:
         """
         if version is not None and version.placement == "dedicated":
             return self._lease_dedicated(version, timeout_s)
-        return _SharedLease(self, version, self._engine_config.hold_s if timeout_s is None else timeout_s)
+        return SharedLease(self, version, self._engine_config.hold_s if timeout_s is None else timeout_s)
 
     async def enter_shared(self, version: Version | None, hold_s: float) -> Target:
         """A lease of the base's engine begins."""
@@ -386,40 +375,3 @@ class Fleet:
             await asyncio.sleep(REAP_EVERY_S)
             for digest in fleet_policy.idle_too_long(self._views(), time.monotonic(), self._config.idle_timeout_s):
                 self._send_away(digest)
-
-
-# By hand and not by contextlib: these are on the way of every request, and a generator costs as much as what it does.
-
-
-class _SharedLease:
-    def __init__(self, fleet: Fleet, version: Version | None, hold_s: float) -> None:
-        self._fleet = fleet
-        self._version = version
-        self._hold_s = hold_s
-
-    async def __aenter__(self) -> Target:
-        return await self._fleet.enter_shared(self._version, self._hold_s)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._fleet.leave_shared(self._version)
-
-
-class _Counted:
-    def __init__(self, counts: Counter[str], key: str) -> None:
-        self._counts = counts
-        self._key = key
-
-    def __enter__(self) -> None:
-        self._counts[self._key] += 1
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._counts[self._key] -= 1
-        if not self._counts[self._key]:
-            del self._counts[self._key]
-
-
-_NOTHING = contextlib.nullcontext()

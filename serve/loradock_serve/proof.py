@@ -127,6 +127,11 @@ class Proof:
         )
 
 
+def is_proven(document: Mapping[str, Any] | None) -> bool:
+    """As `Proof.from_json(document).state`, and cheaper: it is asked with every request."""
+    return document is not None and document.get("state") == "proven"
+
+
 def proof_state(document: Mapping[str, Any] | None) -> State:
     """The state in a registry's row; what nobody ever asked about is unproven."""
     proof = Proof.from_json(document)

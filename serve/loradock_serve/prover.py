@@ -27,7 +27,8 @@ from loradock_serve.catalog import is_classifier
 from loradock_serve.engine import EngineStart
 from loradock_serve.engine_client import EngineClient
 from loradock_serve.errors import EngineError, EngineRefusedError, GatewayError, ProofFailedError
-from loradock_serve.fleet import Fleet, Target
+from loradock_serve.fleet import Fleet
+from loradock_serve.leases import Target
 from loradock_serve.proof import (
     TOLERANCES,
     Answer,
@@ -38,6 +39,7 @@ from loradock_serve.proof import (
     compare,
     failed,
     forced,
+    is_proven,
     not_finite,
     nothing_changed,
     proven,
@@ -99,6 +101,8 @@ class Prover:
 
         Requests that come meanwhile wait for the same proof.
         """
+        if is_proven(version.proof):
+            return
         proof = Proof.from_json(version.proof)
         if proof is None or not proof.is_open:
             return

@@ -30,10 +30,11 @@ from loradock_serve.errors import (
     GatewayError,
     TooLargeError,
 )
-from loradock_serve.fleet import Fleet, Target
+from loradock_serve.fleet import Fleet
 from loradock_serve.header_fields import header_fields, header_text
 from loradock_serve.http_errors import UNFORESEEN, explained, status_of
 from loradock_serve.lazy_models import LazyModels
+from loradock_serve.leases import Target
 from loradock_serve.log_lines import RequestLog
 from loradock_serve.reply import Reply
 from loradock_serve.sse import Usage

@@ -24,7 +24,7 @@ from loradock_serve import metrics
 from loradock_serve.admission import Admission
 from loradock_serve.engine import AttachedEngine, Engine, EngineStart
 from loradock_serve.errors import ConflictError, DeadlineError, QueueFullError
-from loradock_serve.fleet import Target
+from loradock_serve.leases import Target
 from loradock_serve.slots import UNLIMITED
 from loradock_serve.tickets import Ask, Begin, Decision, Expire, Limits, PinHolds, Refuse, Rules, Ticket
 

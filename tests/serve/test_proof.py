@@ -5,7 +5,7 @@ import pytest
 from loradock_adapters.probe import Probe, ProbePrompt, ProbeToken, fixed_prompts
 from loradock_adapters.problems import Problem
 from loradock_serve import proof
-from loradock_serve.proof import Proof, change, coarsest, compare, gap, not_finite, proof_state
+from loradock_serve.proof import STATES, Proof, change, coarsest, compare, gap, is_proven, not_finite, proof_state
 
 BASE = [[(1, -0.5), (2, -1.5), (3, -2.5)], [(7, -0.1), (8, -3.0)]]
 """What the base answers to two prompts."""
@@ -105,3 +105,10 @@ def test_fixed_prompts_are_the_same_each_time_and_within_the_vocabulary() -> Non
     assert all(0 <= token < 64 for prompt in prompts for token in prompt)
     assert len({token for prompt in fixed_prompts(32_000) for token in prompt}) > 40
     assert {token for prompt in fixed_prompts(64, [3, 5]) for token in prompt} == {3, 5}
+
+
+@pytest.mark.parametrize("state", [*STATES, "later", None])
+def test_proven_by_the_short_look_is_proven_by_the_long_one(state: str | None) -> None:
+    document = {"state": state} if state is not None else None
+    found = Proof.from_json(document)
+    assert is_proven(document) is (found is not None and found.state == "proven")

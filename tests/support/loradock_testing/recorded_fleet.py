@@ -12,7 +12,8 @@ from loradock_serve.config import DedicatedConfig, EngineConfig
 from loradock_serve.engine import Engine, EnginePlan, EngineStart
 from loradock_serve.engine_client import EngineClient, EngineStatus
 from loradock_serve.errors import EngineStartError, EngineUnavailableError
-from loradock_serve.fleet import Fleet, Target
+from loradock_serve.fleet import Fleet
+from loradock_serve.leases import Target
 from loradock_serve.loader import Packs
 from loradock_testing.engines import fake_command
 
