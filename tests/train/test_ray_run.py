@@ -103,14 +103,18 @@ def test_run_that_is_stopped_saves_and_goes_on(cluster: str, config: Path, tmp_p
     told = tmp_path / "told.txt"
     with told.open("w") as file:  # a pipe that nobody reads would fill up
         process = subprocess.Popen(command(*words), env=environment, stderr=file)
-    until_s = time.monotonic() + 120
-    lines = tmp_path / "run" / "metrics.jsonl"
-    while not (lines.is_file() and lines.stat().st_size):
-        assert process.poll() is None, told.read_text()
-        assert time.monotonic() < until_s, told.read_text()
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 0, told.read_text()
+    try:
+        until_s = time.monotonic() + 120
+        lines = tmp_path / "run" / "metrics.jsonl"
+        while not (lines.is_file() and lines.stat().st_size):
+            assert process.poll() is None, told.read_text()
+            assert time.monotonic() < until_s, told.read_text()
+            time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, told.read_text()
+    finally:  # of a test that fails: what it leaves running would fail the next one, too
+        process.kill()
+        process.wait()
     assert f"--ray {cluster} --workers 2" in told.read_text()
     assert len(list((tmp_path / "run" / "saves").glob("step-*"))) == 1
 
