@@ -8,6 +8,7 @@ hangs up aborts its request in the engine, an engine that dies ends the stream w
 uploads.
 """
 
+import asyncio
 import logging
 import random
 import time
@@ -93,6 +94,11 @@ class OpenAIProxy:
             status = reply.status
         except ClientGoneError:
             status = metrics.CLIENT_GONE
+        except asyncio.CancelledError:  # the server ends, and has waited long enough for this request
+            stopping = EngineUnavailableError("This server is being stopped; ask again when it is back")
+            status = status_of(stopping)
+            await reply.fail(stopping)
+            raise
         except Exception as error:
             known = error if isinstance(error, LoradockError) else explained(error)
             status = status_of(known) if known is not None else 500

@@ -310,6 +310,42 @@ async def test_client_that_leaves_before_the_first_byte_aborts_it_in_the_engine(
     await until(lambda: metrics.IN_FLIGHT.count == 0, "the end of the request")
 
 
+@pytest.mark.parametrize("streams", [False, True])
+async def test_request_that_a_stopping_server_waits_for_no_longer_is_told_so(
+    shared: Served, streams: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_start = hold_back(monkeypatch)
+    monkeypatch.setattr(comments, "EVERY_S", 0.01)
+    sent: list[Any] = []
+    body = json.dumps({"model": "base", "prompt": "held", "stream": streams}).encode()
+    news = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Any:
+        return news.pop() if news else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    path = "/v1/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"host", b"localhost")]}
+    scope["client"] = ("127.0.0.1", 1)
+    request = asyncio.create_task(shared.gateway.app(scope, receive, send))
+    await until(lambda: metrics.IN_FLIGHT._value.get() == 1 and (sent or not streams), "the request waits")
+    request.cancel()  # as uvicorn does when its patience ends
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    may_start.set()
+    head, *bodies = sent
+    text = b"".join(message["body"] for message in bodies).decode()
+    assert '"code": "engine_unavailable"' in text.replace('":"', '": "')
+    assert "is being stopped" in text
+    assert "[DONE]" not in text
+    assert not bodies[-1]["more_body"]
+    if not streams:
+        assert head["status"] == 503
+        assert (b"retry-after", b"5") in head["headers"]
+
+
 async def test_client_that_leaves_while_its_engine_starts_leaves_nothing(
     shared: Served, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

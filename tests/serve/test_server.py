@@ -122,6 +122,16 @@ async def test_server_that_is_killed_leaves_no_engine_and_no_socket(tmp_path: Pa
         await until(lambda: not list((tmp_path / "tmp").glob("loradock-*")), "the socket's end")
 
 
+async def test_server_removes_the_sockets_of_one_that_was_killed_with_its_launchers(tmp_path: Path) -> None:
+    left = tmp_path / "tmp" / "loradock-engines-gone"
+    left.mkdir(parents=True)
+    (left / "1-1.sock").touch()
+    async with serve(tmp_path) as running:
+        await running.until_listening()
+        assert not left.exists()
+        assert len(list((tmp_path / "tmp").glob("loradock-engines-*"))) == 1
+
+
 async def test_announcement_says_what_is_served_to_whom_and_never_the_key(tmp_path: Path) -> None:
     async with serve(tmp_path, LORADOCK_ADMIN_KEY="s3cret-key") as running:
         await running.until_listening()
