@@ -15,7 +15,7 @@ from pathlib import Path
 
 log = logging.getLogger("loradock.gateway")
 
-PREFIX = "loradock-engines-"
+PREFIX = "loradock."
 """Gateways that took no lock on theirs called them `loradock-` and eight characters: those are left alone."""
 
 

@@ -75,7 +75,9 @@ async def serve(tmp_path: Path, *flags: str, **environment: str) -> AsyncIterato
             *(sys.executable, "-c", RUN, "serve", str(config), *flags),
             stderr=file,
             stdout=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": str(SUPPORT), "TMPDIR": str(tmp_path / "tmp")} | environment,
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]), "TMPDIR": str(tmp_path / "tmp")}
+            | environment,
         )
     running = Serving(process, log)
     try:
@@ -95,7 +97,7 @@ async def test_server_told_to_stop_leaves_no_process_and_no_socket_and_status_0(
         running.process.send_signal(number)
         assert await asyncio.wait_for(running.process.wait(), 20) == 0
         assert group_members(group) == []
-        assert list((tmp_path / "tmp").glob("loradock-*")) == []
+        assert list((tmp_path / "tmp").glob("loradock.*")) == []
         assert "Traceback" not in running.log
         assert "alembic" not in running.log
 
@@ -115,21 +117,21 @@ async def test_server_that_is_killed_leaves_no_engine_and_no_socket(tmp_path: Pa
         await running.until_listening()
         group = await running.engine_group()
         assert len(group_members(group)) == 2
-        assert len(list((tmp_path / "tmp").glob("loradock-*/*.sock"))) == 1
+        assert len(list((tmp_path / "tmp").glob("loradock.*/*.sock"))) == 1
         running.process.kill()
         await running.process.wait()
         await until(lambda: group_members(group) == [], "the engine's end")
-        await until(lambda: not list((tmp_path / "tmp").glob("loradock-*")), "the socket's end")
+        await until(lambda: not list((tmp_path / "tmp").glob("loradock.*")), "the socket's end")
 
 
 async def test_server_removes_the_sockets_of_one_that_was_killed_with_its_launchers(tmp_path: Path) -> None:
-    left = tmp_path / "tmp" / "loradock-engines-gone"
+    left = tmp_path / "tmp" / "loradock.gone"
     left.mkdir(parents=True)
     (left / "1-1.sock").touch()
     async with serve(tmp_path) as running:
         await running.until_listening()
         assert not left.exists()
-        assert len(list((tmp_path / "tmp").glob("loradock-engines-*"))) == 1
+        assert len(list((tmp_path / "tmp").glob("loradock.*"))) == 1
 
 
 async def test_announcement_says_what_is_served_to_whom_and_never_the_key(tmp_path: Path) -> None:
