@@ -327,10 +327,10 @@ async def test_request_that_a_stopping_server_waits_for_no_longer_is_told_so(
         sent.append(message)
 
     path = "/v1/completions"
-    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"host", b"localhost")]}
+    scope: dict[str, Any] = {"type": "http", "method": "POST", "path": path, "headers": [(b"host", b"localhost")]}
     scope["client"] = ("127.0.0.1", 1)
-    request = asyncio.create_task(shared.gateway.app(scope, receive, send))
-    await until(lambda: metrics.IN_FLIGHT._value.get() == 1 and (sent or not streams), "the request waits")
+    request: asyncio.Future[None] = asyncio.ensure_future(shared.gateway.app(scope, receive, send))
+    await until(lambda: metrics.IN_FLIGHT.count == 1 and bool(sent or not streams), "the request waits")
     request.cancel()  # as uvicorn does when its patience ends
     with pytest.raises(asyncio.CancelledError):
         await request
