@@ -1,7 +1,8 @@
 """One cell: the same requests to both sides, in alternating rounds; and whether both engines are set up alike."""
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import uvloop
@@ -24,6 +25,9 @@ SAME_VARIABLES = (
     *("TORCH_COMPILE_DISABLE", "LD_PRELOAD"),
 )
 WARM_UP_TOKENS = 8
+SETTLE_S = 2.0
+"""Between two passes. A vLLM worker goes on looking for work in a loop for a second after its last step, on the cores
+that the other side is measured on next: a quarter of a pass of the quicker side, an eighth of the slower one's."""
 
 
 def effective(sides: Sides) -> dict[str, Any]:
@@ -62,7 +66,14 @@ def warm_up(sides: Sides, models: Sequence[str], in_flight: int = IN_FLIGHT) -> 
 
 
 def duel(
-    sides: Sides, models: Sequence[str], *, requests: int, max_tokens: int, rounds: int, in_flight: int = IN_FLIGHT
+    sides: Sides,
+    models: Sequence[str],
+    *,
+    requests: int,
+    max_tokens: int,
+    rounds: int,
+    in_flight: int = IN_FLIGHT,
+    settle: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
     """The figures of one cell. Every round has its own requests, the same for both sides."""
     warm_up(sides, models, in_flight)
@@ -71,6 +82,7 @@ def duel(
     for number in range(rounds):
         calls = shuffled(models, requests, max_tokens, seed=number + 1)
         for name in order_of(number):
+            settle(SETTLE_S)
             answers, took_s = ask_side(sides[0] if name == STOCK else sides[1], calls, in_flight)
             taken[name].append(as_round(answers, took_s))
             texts[name] += [answer.text for answer in answers]

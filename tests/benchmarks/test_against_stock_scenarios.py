@@ -12,7 +12,7 @@ from aiohttp import web
 
 from against_stock import many
 from against_stock.bars import judged
-from against_stock.duel import duel
+from against_stock.duel import SETTLE_S, duel
 from against_stock.errors import BenchmarkError
 from against_stock.figures import OURS, STOCK
 from against_stock.loads import ONE_WORD, phase_of
@@ -100,9 +100,13 @@ def sides(tmp_path: Path) -> Iterator[tuple[FakeServer, FakeServer]]:
 
 
 def test_both_sides_of_a_cell_get_the_same_requests(sides: tuple[FakeServer, FakeServer]) -> None:
-    result = duel(sides, ["a", "b"], requests=12, max_tokens=48, rounds=2, in_flight=4)
+    settled: list[float] = []
+    result = duel(sides, ["a", "b"], requests=12, max_tokens=48, rounds=2, in_flight=4, settle=settled.append)
     assert result["same_answers"] == 1.0
     assert len(result["ratio_by_round"]) == 2
+    # Longer than a vLLM worker spins after its last step, before every pass of either side.
+    assert settled == [SETTLE_S] * 4
+    assert SETTLE_S > 1
     measured = [sorted(a["prompt"] for a in side.asked if a["max_tokens"] == 48) for side in sides]
     assert measured[0] == measured[1]
     assert len(set(measured[0])) == 24
@@ -112,7 +116,7 @@ def test_both_sides_of_a_cell_get_the_same_requests(sides: tuple[FakeServer, Fak
 def test_cell_with_a_server_that_is_gone_says_which(sides: tuple[FakeServer, FakeServer]) -> None:
     sides[1].url = "http://127.0.0.1:1"
     with pytest.raises(BenchmarkError, match="ours: a request for a got no answer"):
-        duel(sides, ["a"], requests=2, max_tokens=4, rounds=1, in_flight=2)
+        duel(sides, ["a"], requests=2, max_tokens=4, rounds=1, in_flight=2, settle=lambda _seconds: None)
 
 
 def test_many_adapters_are_compared_with_a_few(sides: tuple[FakeServer, FakeServer]) -> None:
