@@ -259,7 +259,7 @@ class LeanProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """asyncio. The application begins once all that came has been parsed: mostly that is the whole request."""
-        if H2C in data and (self.cycle is None or self.cycle.response_complete):
+        if (self.cycle is None or self.cycle.response_complete) and H2C in data:  # not each piece of a long body
             head, end, body = data.partition(b"\r\n\r\n")
             data = (head + end[:2]).replace(H2C, NO_H2C) + end[2:] + body
         super().data_received(data)

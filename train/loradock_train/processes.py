@@ -6,9 +6,9 @@ LORADOCK_RENDEZVOUS, a file). Process 0 prints and writes; the others compute. K
 torch only where there are several processes.
 """
 
-import gc
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +22,8 @@ RENDEZVOUS = "LORADOCK_RENDEZVOUS"
 PATIENCE = timedelta(hours=4)
 """How long a process waits for the others: process 0 may be writing a large checkpoint. Dead ones are noticed by
 whoever started them."""
+PARTING_S = 0.05
+"""Asleep at the end, so that threads that were kept waiting come to their turn."""
 
 
 def world_size() -> int:
@@ -76,11 +78,12 @@ def connected() -> Iterator[None]:
     try:
         yield
         barrier()  # nobody closes a connection that another one still reads from
+        # gloo's threads need the interpreter's lock to drop the tensors of that barrier. One that waits for it while
+        # Python is taken down aborts the process; one that waits while the group is freed by the garbage collector,
+        # which holds the lock, stops it for ever.
+        time.sleep(PARTING_S)
     finally:
         distributed.destroy_process_group()
-        # The group lives on in a cycle of references, and its threads with it. Where Python is taken down under one
-        # that still drops a tensor, the whole process aborts.
-        gc.collect()
 
 
 def barrier() -> None:
