@@ -5,6 +5,7 @@ For one event loop, on which counting and collecting both happen. Made by the li
 one's own; knows nothing of what is counted.
 """
 
+from abc import abstractmethod
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
@@ -55,15 +56,15 @@ class _Tally(Collector, Generic[S]):
         self._series: dict[tuple[str, ...], S] = {}
         registry.register(self)
 
-    def _make(self) -> S:
-        raise NotImplementedError
+    @abstractmethod
+    def _make(self) -> S: ...
 
     def describe(self) -> Iterable[Metric]:
         """prometheus_client: by this it knows the names that are taken."""
         return [self._family()]
 
-    def _family(self) -> Metric:
-        raise NotImplementedError
+    @abstractmethod
+    def _family(self) -> Metric: ...
 
     def labels(self, *values: object) -> S:
         """The time series of these labels, made when it is first asked for. Worth keeping: looking it up costs more

@@ -43,3 +43,14 @@ def stock_engine(world: World) -> Iterator[VllmServer]:
 @pytest.fixture
 def adapter_dir(world: World) -> Path:
     return world.adapters["a1"]
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch computes with two threads, whatever the machine has."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

@@ -1,7 +1,5 @@
 """Small operators run on one thread, large ones on all, and the number of threads is as it was afterwards."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -11,13 +9,7 @@ from vllm.model_executor.layers.activation import GeluAndMul, SiluAndMul
 from loradock_serve.inside.cpu_activation import SmallGeluAndMul, SmallSiluAndMul, use_small_activations
 from loradock_serve.inside.one_thread import SMALL_ELEMENTS, on_one_thread
 
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ where a step is small."""
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,12 +36,7 @@ KINDS = {"plain": SmallRotaryEmbedding, "llama3": SmallLlama3RotaryEmbedding}
 SIZES = {"small": 5, "large": SMALL_ELEMENTS // (HEADS * HEAD) + 1}
 
 
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def noting_threads(operator: Callable[..., Any], noted: list[int]) -> Callable[..., Any]:
