@@ -34,12 +34,13 @@ from loradock_serve.config import ServeConfig
 from loradock_serve.data_dir import DirectoryUse, GatewayLock, prepare_data_dir
 from loradock_serve.directories import CachedDirectories, Directories
 from loradock_serve.engine import AttachedEngine
-from loradock_serve.engine_command import Machine, check_adapter_dtype, this_machine
+from loradock_serve.engine_command import Machine, this_machine
 from loradock_serve.engine_factory import EngineFactory
 from loradock_serve.fit import Fit
 from loradock_serve.fleet import Fleet
 from loradock_serve.gc_routes import gc_router
 from loradock_serve.http_errors import add_handlers
+from loradock_serve.machine_check import check_machine
 from loradock_serve.models_routes import models_router
 from loradock_serve.ops_routes import ops_router
 from loradock_serve.packing import PackedAdapters
@@ -250,17 +251,16 @@ def _fit(config: ServeConfig, registry: Registry, base: ServedBase, limits: Engi
 def engine_plan(config: ServeConfig, base: ServedBase, machine: Machine, registry: Registry) -> Advice | None:
     """Slots for the base's engine; None where vLLM cannot put adapters on its architecture.
 
-    Raises ServeConfigError where the configured dtype rules adapters out.
+    Raises ServeConfigError where the config asks for what the machine does not have.
     """
     advice = make_plan(config, base, machine, registry)
+    check_machine(config.engine, machine, advice)
     if advice is None:
         log.warning(
             "%s: vLLM puts no adapters on %s; all pushed models get engines of their own",
             base.name,
             base.facts.architectures,
         )
-        return None
-    check_adapter_dtype(config.engine, machine)
     return advice
 
 

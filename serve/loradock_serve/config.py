@@ -26,6 +26,7 @@ from loradock_adapters.registry_url import parse_url
 from loradock_adapters.source_ref import check_prefix
 from loradock_adapters.strict_config import explain, read_yaml
 from loradock_serve import engine_args
+from loradock_serve.core_list import parse_cores
 from loradock_serve.errors import ServeConfigError
 
 LoraRank = Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]
@@ -76,14 +77,19 @@ class EngineConfig(BaseModel):
     hold_s: Annotated[float, Field(ge=0)] = 120.0
     """Seconds a request is held while the base engine starts or restarts, before it is answered 503. Default 120."""
     cpu_cores: str | None = None
-    """CPU builds only: the cores of the engine's compute threads, as "0-3" or "0,2". Default: all this process may
-    use."""
+    """CPU builds only: the cores of the engine's compute threads, as "0-3" or "0,2" (or vLLM's own words for it).
+    Default: all this process may use."""
     kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
     """CPU builds only: GiB of memory for the KV cache. Default: an eighth of the machine's memory, at most 4."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         problems = engine_args.problems_with(self.model_extra or {}, "engine")
+        if self.cpu_cores is not None:
+            try:
+                parse_cores(self.cpu_cores)
+            except ValueError as error:
+                problems.append(f"engine.cpu_cores: {error}")
         if self.max_loras is not None and self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
             problems.append(f"engine.max_cpu_loras: {self.max_cpu_loras} is below engine.max_loras, {self.max_loras}")
         if self.url is not None and not self.url.startswith(("http://", "https://", "unix://")):

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from loradock_serve import engine_args, sizing
 from loradock_serve.config import DedicatedConfig, EngineConfig
-from loradock_serve.errors import ServeConfigError
 from loradock_serve.sizing import LoraSizing
 
 log = logging.getLogger("loradock.engine")
@@ -116,18 +115,6 @@ def _installed(distribution: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def check_adapter_dtype(config: EngineConfig, machine: Machine) -> None:
-    """Raises ServeConfigError where an engine with adapters would die while it starts.
-
-    vLLM's LoRA kernels for GPUs assert 16-bit types in their first run, and say no more than `AssertionError`.
-    """
-    if machine.device == "gpu" and config.url is None and config.dtype == "float32":
-        raise ServeConfigError(
-            "engine.dtype: adapters cannot be served in float32 on a GPU, where vLLM computes them in bfloat16 or "
-            "float16 only; leave it out, or say bfloat16"
-        )
 
 
 def base_command(

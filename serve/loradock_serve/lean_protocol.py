@@ -4,7 +4,8 @@
     uvicorn.Config(app, http=Protocol, …)
 
 On those paths `LeanCycle` holds the ASGI conversation in uvicorn's place: no event, timer or regular expression for
-each message, and a whole answer goes out in one write. Everything unusual (HTTP/1.0, `Expect`, upgrades, pipelined
+each message, and a whole answer goes out in one write. A client of HTTP/1.0, which knows no chunks (nginx, where it is
+not told otherwise), reads a stream until its connection is closed. Everything unusual (`Expect`, upgrades, pipelined
 requests) and every other path stays uvicorn's own. Knows nothing of what the paths mean.
 
 The scope of such a request has an extension, `loradock.hang_up`: a function that takes a callback, which is called at
@@ -34,6 +35,7 @@ engine's place is free when the engine is done, however slowly the client reads.
 STALLED_S = 60.0
 """How long a client may take nothing at all of what waits to be sent to it; then its connection is broken."""
 
+VERSIONS = {"1.1", "1.0"}
 H2C, NO_H2C = b"\r\nUpgrade: h2c\r\n", b"\r\nX-Ignored-Upgrade: h2c\r\n"
 """Java's HTTP client offers HTTP/2 with its first request, body and all, which is to be answered as if it had not
 (RFC 9110, 7.8): the parser here would drop the body."""
@@ -47,8 +49,9 @@ def hot_paths(paths: Iterable[str]) -> Mapping[bytes, str]:
 class LeanCycle:
     """One request and its answer, as an ASGI application sees them (`receive`, `send`)."""
 
-    def __init__(self, protocol: "LeanProtocol", scope: Scope, keep_alive: bool) -> None:
+    def __init__(self, protocol: "LeanProtocol", scope: Scope, keep_alive: bool, knows_chunks: bool = True) -> None:
         self.keep_alive = keep_alive
+        self._knows_chunks = knows_chunks
         self.disconnected = False
         self.response_complete = False
         self.begun = False
@@ -67,7 +70,7 @@ class LeanCycle:
         self._held = b""
         """The head of a whole answer, which goes out with its body."""
         self._missing_bytes = -1
-        """Bytes of the answer that are still to come; -1 where it is sent in chunks."""
+        """Bytes of the answer that are still to come; -1 where nobody said how many."""
         scope["extensions"] = {HANG_UP: self._on_hang_up}
 
     @property
@@ -166,7 +169,7 @@ class LeanCycle:
                 self._missing_bytes = int(value)
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
-        if self._missing_bytes < 0:
+        if self._missing_bytes < 0 and self._knows_chunks:
             lines.append(b"transfer-encoding: chunked\r\n")
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
@@ -184,6 +187,8 @@ class LeanCycle:
                 raise RuntimeError("the answer is not as long as its content-length")
             self._writes.write(self._transport, self._held + data if self._held else data)
             self._held = b""
+        elif not self._knows_chunks:
+            self._writes.write(self._transport, data)
         elif data:
             end = b"\r\n" if more else b"\r\n0\r\n\r\n"
             self._writes.write(self._transport, b"%x\r\n%b%b" % (len(data), data, end))
@@ -220,18 +225,22 @@ class LeanProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """httptools."""
         path = self.hot.get(self.url)
-        if path is None or not self._is_plain_post():
+        version = self.parser.get_http_version()
+        if path is None or version not in VERSIONS or not self._is_plain_post():
             super().on_headers_complete()
             return
         scope = cast(Scope, self.scope)
         scope["method"], scope["path"], scope["raw_path"], scope["query_string"] = "POST", path, self.url, b""
-        self._lean = LeanCycle(self, scope, self.parser.should_keep_alive())
+        if version == "1.1":
+            self._lean = LeanCycle(self, scope, self.parser.should_keep_alive())
+        else:
+            scope["http_version"] = version
+            self._lean = LeanCycle(self, scope, keep_alive=False, knows_chunks=False)
         self.cycle = cast(Any, self._lean)
 
     def _is_plain_post(self) -> bool:
         return (
             self.parser.get_method() == b"POST"
-            and self.parser.get_http_version() == "1.1"
             and not self.expect_100_continue
             and not self.parser.should_upgrade()
             and self.limit_concurrency is None

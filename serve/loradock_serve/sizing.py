@@ -7,9 +7,8 @@ costs a factor of ten as soon as traffic names several. Pure arithmetic; knows n
 What it weighs is told in docs/decisions.md ("what a server chooses for itself").
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice, repeat
 
 from loradock_adapters.engine_rules import DEFAULT_MAX_LORA_RANK, LORA_RANKS, ladder_rank
 from loradock_adapters.traffic import Traffic
@@ -146,9 +145,7 @@ class _Adviser:
             self._reasons["max_loras"] += f"; no more than the {cached} adapters that host memory keeps"
         self._note_over_rank(rank)
         sizing = LoraSizing(slots, cached, rank, rank * self._rank_bytes)
-        return Advice(
-            sizing, slots * sizing.slot_bytes, sum(self._cache_sizes(cached)), self._reasons, tuple(self._notes)
-        )
+        return Advice(sizing, slots * sizing.slot_bytes, self._cache_bytes(cached), self._reasons, tuple(self._notes))
 
     def _affordable(self, rank: int) -> int:
         """Slots of this rank that the memory has room for, at least one."""
@@ -255,6 +252,7 @@ class _Adviser:
         published = len(self._known.shared)
         if self._wish.max_cpu_loras is not None:
             self._reasons["max_cpu_loras"] = "set in the config"
+            self._note_costly_cache(self._wish.max_cpu_loras)
             return self._wish.max_cpu_loras
         wanted = max(USUAL_CACHED, 4 * slots, published + published // 4)
         cached = self._affordable_cached(wanted)
@@ -275,20 +273,34 @@ class _Adviser:
             )
         return cached
 
+    def _note_costly_cache(self, adapters: int) -> None:
+        needed, host_bytes = self._cache_bytes(adapters), self._memory.host_bytes
+        if needed > host_bytes // 2:
+            self._notes.append(
+                f"engine.max_cpu_loras: {adapters} adapters would fill about {_gib(needed)} of this machine's "
+                f"{_gib(host_bytes)}, beside all else: the engine may run out of memory once so many were asked for"
+            )
+
     def _affordable_cached(self, wanted: int) -> int:
         """Adapters that host memory may keep, up to so many, at least one."""
-        total_bytes = 0
-        for kept, size_bytes in enumerate(self._cache_sizes(wanted)):
-            total_bytes += size_bytes
-            if total_bytes > self._memory.cache_bytes:
+        sizes, one_more = self._cached_sizes()
+        left_bytes = self._memory.cache_bytes
+        for kept, size_bytes in enumerate(sizes[:wanted]):
+            left_bytes -= size_bytes
+            if left_bytes < 0:
                 return max(1, kept)
-        return wanted
+        more = left_bytes // one_more if one_more else wanted
+        return max(1, min(wanted, len(sizes) + more))
 
-    def _cache_sizes(self, adapters: int) -> Iterator[int]:
-        """Bytes of so many adapters in host memory, the largest first; those to come are taken to be like these."""
+    def _cache_bytes(self, adapters: int) -> int:
+        """What so many adapters take in host memory."""
+        sizes, one_more = self._cached_sizes()
+        return sum(sizes[:adapters]) + one_more * max(0, adapters - len(sizes))
+
+    def _cached_sizes(self) -> tuple[list[int], int]:
+        """Bytes in host memory of each published adapter, the largest first, and of one to come: as large."""
         sizes = sorted(map(self._bytes_of, self._known.shared), reverse=True)
-        one_more = sizes[0] if sizes else GUESSED_RANK * self._rank_bytes
-        return islice(chain(sizes, repeat(one_more)), adapters)
+        return sizes, sizes[0] if sizes else GUESSED_RANK * self._rank_bytes
 
     def _bytes_of(self, adapter: Published) -> int:
         """Its files may hold 16-bit values; on every module it is as large as a slot of its own rank."""

@@ -1,7 +1,6 @@
 """The command line and environment of engines, as a function of config and machine."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from loradock_serve.engine_command import (
     EngineCommand,
     Machine,
     base_command,
-    check_adapter_dtype,
     dedicated_command,
     plugins,
 )
-from loradock_serve.errors import ServeConfigError
 from loradock_serve.sizing import LoraSizing
 
 GIB = 1024**3
@@ -187,25 +184,3 @@ def test_memory_of_the_smallest_gpu_counts(monkeypatch: pytest.MonkeyPatch, tmp_
     assert engine_command._gpu_memory_bytes() == 40960 * 1024**2
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert engine_command._gpu_memory_bytes() is None
-
-
-@pytest.mark.parametrize(
-    ("machine", "engine", "is_refused"),
-    [
-        (GPU, {"dtype": "float32"}, True),
-        (CPU, {"dtype": "float32"}, False),
-        (GPU, {}, False),
-        (GPU, {"dtype": "bfloat16", "lora_dtype": "float16"}, False),
-        (GPU, {"dtype": "float32", "url": "http://elsewhere"}, False),
-    ],
-)
-def test_float32_adapters_on_a_gpu_alone_are_refused_before_an_engine_starts(
-    machine: Machine, engine: dict[str, Any], is_refused: bool
-) -> None:
-    refusals: list[str] = []
-    try:
-        check_adapter_dtype(EngineConfig.model_validate(engine), machine)
-    except ServeConfigError as error:
-        refusals.append(str(error))
-    assert len(refusals) == is_refused
-    assert all(re.search(r"engine.dtype: .* float32 .* say bfloat16", refusal) for refusal in refusals)

@@ -174,6 +174,25 @@ async def test_answer_without_a_length_goes_out_in_chunks() -> None:
         assert (await client.ask(POST))[1] == b"onetwo"
 
 
+@pytest.mark.parametrize("extra", ["", "\r\nconnection: keep-alive", "\r\nconnection: close"])
+@pytest.mark.parametrize(("answer", "body_bytes"), [(pieces, b"onetwo"), (None, b"yes")])
+async def test_client_of_http_1_0_gets_no_chunks_and_reads_to_the_end_of_its_connection(
+    answer: Any, body_bytes: bytes, extra: str
+) -> None:
+    app = App()
+    if answer is not None:
+        app.answer = answer
+    async with connected(app) as client:
+        client.write("POST /hot HTTP/1.0" + extra, b"question")
+        head, _, data = (await client.reader.read()).partition(b"\r\n\r\n")
+    assert data == body_bytes
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head
+    assert [asked for _, asked in app.seen] == [b"question"]
+    assert app.seen[0][0]["http_version"] == "1.0"
+    assert was_lean(app)
+
+
 async def test_body_that_comes_in_pieces_is_read_whole() -> None:
     app = App()
     data = b"x" * 3_000_000
@@ -197,7 +216,6 @@ async def test_body_that_comes_in_pieces_is_read_whole() -> None:
         "POST /other HTTP/1.1",
         "POST /hot?x=1 HTTP/1.1",
         "PUT /hot HTTP/1.1",
-        "POST /hot HTTP/1.0",
         "POST /hot HTTP/1.1\r\nexpect: 100-continue",
         "POST /hot HTTP/1.1\r\nconnection: upgrade\r\nupgrade: h2c",
     ],

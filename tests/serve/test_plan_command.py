@@ -102,3 +102,13 @@ def test_plan_of_a_server_shows_what_runs_beside_it(
 def test_server_and_files_at_once_is_wrong_usage(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["plan", "--server", "http://127.0.0.1:1", str(settings)]) == 2
     assert "leave the file" in capsys.readouterr().err
+
+
+def test_plan_refuses_what_the_machine_does_not_have(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with settings.open("a") as file:
+        file.write("engine: {cpu_cores: 0-3, kv_cache_gib: 1000.0, max_loras: 100000000}\n")
+    assert run(["plan", str(settings)]) == 2
+    said = capsys.readouterr().err
+    assert "names core 1-3" in said
+    assert "1000 GiB are not there: this machine has 8.0 GiB" in said
+    assert "engine.max_loras: 100000000 slots" in said

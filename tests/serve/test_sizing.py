@@ -225,3 +225,9 @@ def test_base_gets_what_dedicated_engines_leave_but_never_less_than_it_needs() -
     assert sizing.base_gpu_share(16 * gib, 24 * gib, 0.3) == 0.88, "an 8B in 16 bits on a 24 GB card"
     assert sizing.base_gpu_share(30 * gib, 24 * gib, 0.3) == 0.92, "does not fit: the engine will say so"
     assert sizing.base_gpu_share(0, 24 * gib, 0.9) == 0.1
+
+
+@pytest.mark.parametrize(("adapters_kept", "is_noted"), [(100_000, True), (500, False)])
+def test_host_memory_for_more_adapters_than_it_holds_is_noted(adapters_kept: int, is_noted: bool) -> None:
+    notes = advise(8, host_bytes=GIB, wish=Wish(max_cpu_loras=adapters_kept)).notes
+    assert sum("engine.max_cpu_loras: 100000 adapters" in note for note in notes) == is_noted

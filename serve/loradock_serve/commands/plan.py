@@ -58,6 +58,7 @@ def _here(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     from loradock_serve.base import find_base
     from loradock_serve.config import load_config
     from loradock_serve.engine_command import this_machine
+    from loradock_serve.machine_check import check_machine
     from loradock_serve.plan import make_plan, plan_json
     from loradock_serve.stores import registry_url
 
@@ -67,11 +68,13 @@ def _here(config: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     url = registry_url(settings)
     is_there = not url.startswith("sqlite") or (settings.data_dir / "registry.sqlite").is_file()
     registry = Registry(url) if is_there else None
+    machine = this_machine()
     try:
-        advice = make_plan(settings, base, this_machine(), registry)
+        advice = make_plan(settings, base, machine, registry)
     finally:
         if registry is not None:
             registry.close()
+    check_machine(settings.engine, machine, advice)
     return {"plan": plan_json(advice) if advice is not None else None, "running": None}
 
 
