@@ -7,6 +7,7 @@ engines but the states it is told.
 
 import asyncio
 import difflib
+import logging
 import math
 import random
 import threading
@@ -26,6 +27,8 @@ from loradock_serve.errors import ConflictError, ModelNotFoundError, ProofFailed
 from loradock_serve.proof import Proof, is_proven
 from loradock_serve.rewrite import CHAT, CLASSIFY, COMPLETIONS, Behaviour
 from loradock_serve.shares import pick
+
+log = logging.getLogger("loradock.gateway")
 
 MAX_CACHED = 4096
 LOOKUPS = 4
@@ -116,9 +119,14 @@ class Catalog:
         """Every name that the base answers under."""
         return (self.base_name, BASE_NAME) if self.base_name != BASE_NAME else (BASE_NAME,)
 
-    def changed(self) -> None:
-        """A name points elsewhere now."""
+    def changed(self, *names: str) -> None:
+        """Names point elsewhere now. Those that this server changed itself are given: what they meant before is no
+        guess any more, whatever becomes of the database."""
         self._last_known |= self._cache
+        if names:
+            self._last_known = {
+                model: known for model, known in self._last_known.items() if model.partition("@")[0] not in names
+            }
         for model in list(self._last_known)[: max(0, len(self._last_known) - MAX_CACHED)]:
             del self._last_known[model]
         self._cache.clear()
@@ -146,6 +154,11 @@ class Catalog:
         except (SQLAlchemyError, TimeoutError) as error:
             self._away_until_s = time.monotonic() + AWAY_S
             if self._guess(model) is not None:
+                log.warning(
+                    "the registry's database did not say within %g s what %r is (%s): for %g s names mean what they "
+                    "meant when they were last seen",
+                    *(timeout_s, model, type(error).__name__, AWAY_S),
+                )
                 return
             if isinstance(error, SQLAlchemyError):
                 raise

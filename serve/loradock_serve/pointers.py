@@ -67,7 +67,7 @@ class Pointers:
         async with self._turns.of(check_name(name)):
             version = await self._version(ModelRef(name) if pin is None else parse_pin(name, pin))
             before = await asyncio.to_thread(self._registry.tags.set, name, tag, version.number)
-            self._catalog.changed()
+            self._catalog.changed(name)
         log.info("%s@%s is version %d now", name, tag, version.number)
         return Moved(version, before, {})
 
@@ -77,7 +77,7 @@ class Pointers:
         async with self._turns.of(check_name(name)):
             await self._version(ModelRef(name))
             had_it = await asyncio.to_thread(self._registry.tags.remove, name, tag)
-            self._catalog.changed()
+            self._catalog.changed(name)
         return had_it
 
     async def split(self, name: str, weights: Mapping[int, int]) -> Mapping[int, int]:
@@ -87,7 +87,7 @@ class Pointers:
                 version = await self._version(ModelRef(name, version=number))
                 refuse_unfit(self._catalog.fit(version))
             before = await asyncio.to_thread(self._registry.splits.set, name, weights)
-            self._catalog.changed()
+            self._catalog.changed(name)
         log.info("traffic of %s: %s", name, shown(weights))
         return before
 
@@ -96,7 +96,7 @@ class Pointers:
         async with self._turns.of(check_name(name)):
             current = await self._version(ModelRef(name))
             ended = await asyncio.to_thread(self._registry.splits.remove, name)
-            self._catalog.changed()
+            self._catalog.changed(name)
         if ended:
             log.info("traffic of %s: all to version %d", name, current.number)
         return Moved(current, current.number, ended)
@@ -126,12 +126,12 @@ class Pointers:
         before = await self._version(ModelRef(name))
         ended = await asyncio.to_thread(self._registry.splits.of, name)
         version = await asyncio.to_thread(self._registry.set_current, name, version.number)
-        self._catalog.changed()
+        self._catalog.changed(name)
         log.info("%s points at version %d now%s", name, version.number, ", and is split no more" if ended else "")
         return Moved(version, before.number, ended)
 
     async def _let_go(self, removed: list[Version]) -> None:
-        self._catalog.changed()
+        self._catalog.changed(*{version.name for version in removed})
         used = await asyncio.to_thread(self._registry.digests)
         for digest in {version.digest for version in removed} - used:
             await self._fleet.forget(digest)

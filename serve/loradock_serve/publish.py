@@ -185,7 +185,7 @@ class Publisher:
         finally:
             if version is None or version.digest != manifest.digest:
                 await self._forget_unless_used(manifest.digest)
-        self._catalog.changed()
+        self._catalog.changed(name)
         PUBLISHES.labels(version.placement).inc()
         if version.created:
             log.info("published %s@%d (%s, %s)", name, version.number, version.placement, version.digest)

@@ -272,6 +272,29 @@ async def test_name_that_was_seen_answers_while_the_database_is_away(away: AwayR
         await catalog.know("never-seen")
 
 
+@pytest.mark.parametrize("seen_first", [False, True], ids=["changed", "a look for changes first"])
+async def test_what_this_server_changed_itself_never_means_again_what_it_meant(
+    away: AwayRegistry, registry: Registry, monkeypatch: pytest.MonkeyPatch, seen_first: bool
+) -> None:
+    catalog = catalog_on(away)
+    publish(registry, "other", "one")
+    for model in ("a", "other"):
+        await catalog.find(model)
+    publish(registry, "a", "two")
+    away.number = 1
+    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.02)
+    away.may_answer.clear()
+    if seen_first:  # by a request that comes between the commit and the end of the push
+        await catalog.know("a")
+    catalog.changed("a")
+    assert (await catalog.find("other")).engine_name == manifest("one").digest, "a database that says nothing"
+    waiting = asyncio.create_task(catalog.find("a"))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    away.may_answer.set()
+    assert (await waiting).engine_name == manifest("two").digest
+
+
 async def test_name_that_moved_meanwhile_is_seen_once_the_database_is_back(
     away: AwayRegistry, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
