@@ -181,7 +181,10 @@ class Churn:
         else:
             allowed = ledger.allowed(request.name, asked.began_s, asked.ended_s)
             is_right = reply.version is not None and reply.version in allowed
-        return found if is_right else [*found, f"{asked.model} was answered by version {reply.version}"]
+        if is_right:
+            return found
+        when = f"between {asked.began_s:.3f} and {asked.ended_s:.3f} s; {ledger.told(name)}"
+        return [*found, f"{asked.model} was answered by version {reply.version}, {when}"]
 
     # -- those who change things -------------------------------------------------------------------------------------
 

@@ -72,5 +72,10 @@ class Ledger:
         during = [change for change in self._changes[name] if change.ended_s >= began_s and change.began_s <= ended_s]
         return {before[-1].number if before else REMOVED, *(change.number for change in during)}
 
+    def told(self, name: str) -> str:
+        """The name's changes, for a complaint."""
+        changes = (f"{change.began_s:.3f} to {change.ended_s:.3f} s: {change.number}" for change in self._changes[name])
+        return f"{name} was moved: {', '.join(changes)}"
+
     def _confirmed(self, name: str) -> list[Change]:
         return [change for change in self._changes[name] if change.ended_s < float("inf")]
