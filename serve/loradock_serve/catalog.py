@@ -152,13 +152,12 @@ class Catalog:
             async with asyncio.timeout(timeout_s):
                 resolved = await asyncio.shield(task)
         except (SQLAlchemyError, TimeoutError) as error:
+            was_here = time.monotonic() >= self._away_until_s
             self._away_until_s = time.monotonic() + AWAY_S
             if self._guess(model) is not None:
-                log.warning(
-                    "the registry's database did not say within %g s what %r is (%s): for %g s names mean what they "
-                    "meant when they were last seen",
-                    *(timeout_s, model, type(error).__name__, AWAY_S),
-                )
+                if was_here:  # once, and not for each request that waited for the same
+                    told = "the registry does not say what %r is (%s): names mean what they last did, for %g s"
+                    log.warning(told, model, type(error).__name__, AWAY_S)
                 return
             if isinstance(error, SQLAlchemyError):
                 raise

@@ -36,6 +36,7 @@ STALLED_S = 60.0
 """How long a client may take nothing at all of what waits to be sent to it; then its connection is broken."""
 
 VERSIONS = {"1.1", "1.0"}
+"""Of HTTP, that take the short way."""
 H2C, NO_H2C = b"\r\nUpgrade: h2c\r\n", b"\r\nX-Ignored-Upgrade: h2c\r\n"
 """Java's HTTP client offers HTTP/2 with its first request, body and all, which is to be answered as if it had not
 (RFC 9110, 7.8): the parser here would drop the body."""

@@ -26,8 +26,8 @@ def check_machine(config: EngineConfig, machine: Machine, advice: Advice | None)
 
 
 def _adapter_problems(config: EngineConfig, machine: Machine, advice: Advice) -> list[str]:
-    """vLLM's LoRA kernels for GPUs assert 16-bit types in their first run, and say no more than `AssertionError`."""
     problems = []
+    # vLLM's LoRA kernels for GPUs assert 16-bit types in their first run, and say no more than `AssertionError`.
     if machine.device == "gpu" and config.dtype == "float32":
         problems.append(
             "engine.dtype: adapters cannot be served in float32 on a GPU, where vLLM computes them in bfloat16 or "

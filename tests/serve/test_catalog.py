@@ -260,7 +260,9 @@ async def test_own_change_of_a_name_is_seen_at_once(away: AwayRegistry, monkeypa
     assert away.asked == ["a", "a"]
 
 
-async def test_name_that_was_seen_answers_while_the_database_is_away(away: AwayRegistry) -> None:
+async def test_name_that_was_seen_answers_while_the_database_is_away(
+    away: AwayRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
     catalog = catalog_on(away)
     await catalog.know("a")
     away.number, away.error = 1, AWAY  # something has changed, and nobody can say what
@@ -268,6 +270,8 @@ async def test_name_that_was_seen_answers_while_the_database_is_away(away: AwayR
         await catalog.know("a")
         assert catalog.resolve("a").engine_name == manifest("one").digest
     assert len(away.asked) == 2, "a database that is away is not asked for each request"
+    told = [message for message in caplog.messages if "does not say what 'a' is (OperationalError)" in message]
+    assert len(told) == 1, "and is told of once"
     with pytest.raises(sa.exc.OperationalError):
         await catalog.know("never-seen")
 
