@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +53,8 @@ class CachedStore(LocalStore):
     def _fetch_missing(self, manifest: Manifest) -> None:
         entries = {entry.sha256: entry for entry in manifest.files}
         fetching = {sha256: self.fetch(entries[sha256]) for sha256 in self.missing_blobs(manifest)}
+        # Also where one failed at once: whoever asks after our error would be handed the others', from before it.
+        wait(fetching.values())
         lost = []
         for sha256, future in fetching.items():
             try:

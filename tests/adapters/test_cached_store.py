@@ -164,6 +164,28 @@ def test_download_that_failed_is_tried_again_by_the_next_request(tmp_path: Path,
     assert store.materialise(manifest).is_dir()
 
 
+def test_error_leaves_no_download_behind_that_would_fail_the_next_request(tmp_path: Path, remote: FakeBlobs) -> None:
+    manifest = put(CachedStore(tmp_path / "a", remote), files(1))
+    store = CachedStore(tmp_path / "b", remote)
+    may_go_on = threading.Event()
+    is_held = iter([False, True])
+
+    def one_fails_at_once_the_other_late() -> None:
+        if next(is_held):
+            waiting_for(may_go_on)
+
+    remote.before_read, remote.down = one_fails_at_once_the_other_late, True
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(store.materialise, manifest)
+        with pytest.raises(TimeoutError):
+            asked.result(0.2)
+        may_go_on.set()
+        with pytest.raises(StoreUnavailableError):
+            asked.result()
+    remote.before_read, remote.down = (lambda: None), False
+    assert store.materialise(manifest).is_dir()
+
+
 def test_damaged_content_is_tried_twice_and_never_kept(tmp_path: Path, remote: FakeBlobs) -> None:
     manifest = put(CachedStore(tmp_path / "a", remote), files(1))
     store = CachedStore(tmp_path / "b", remote)
