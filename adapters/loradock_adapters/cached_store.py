@@ -48,7 +48,11 @@ class CachedStore(LocalStore):
         if (target := self.here(manifest.digest)) is not None:
             return target
         self._fetch_missing(manifest)
-        return super().materialise(manifest)
+        try:
+            return super().materialise(manifest)
+        except MissingBlobsError:  # a version that shares a content with this one made room meanwhile
+            self._fetch_missing(manifest)
+            return super().materialise(manifest)
 
     def _fetch_missing(self, manifest: Manifest) -> None:
         entries = {entry.sha256: entry for entry in manifest.files}

@@ -155,8 +155,8 @@ class PostgresChanges:
             )
         if self._number and not self._listening.is_set():
             log.info("the registry is heard again")
-        self._listening.set()
         self._changed()  # nobody knows what was missed
+        self._listening.set()
         looked_at = time.monotonic()
         while not self._stop.is_set():
             news = [note.payload for note in connection.notifies(timeout=WAIT_S, stop_after=1)]

@@ -363,12 +363,16 @@ def _open_locked(path: Path) -> int:
 
 def _remove_unless_locked(path: Path) -> None:
     """Raises UploadBusyError, FileNotFoundError."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        _lock(descriptor, path)
-        path.unlink()
-    finally:
-        os.close(descriptor)
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _lock(descriptor, path)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                path.unlink()
+                return
+            # Else somebody began it anew between its opening and its locking: that one is theirs.
+        finally:
+            os.close(descriptor)
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -35,6 +35,8 @@ LOOKUPS = 4
 LOOKUP_TIMEOUT_S = 10.0
 KNOWN_TIMEOUT_S = 2.0
 """For a name of which is known what it meant before."""
+LATE_S = 0.2
+"""How long after its time an answer is waited for yet: it is there already where this process itself stood still."""
 AWAY_S = 5.0
 """How long a database that did not answer is not asked again about such names."""
 LOOK_EVERY_S = 0.001
@@ -104,11 +106,14 @@ class Catalog:
         """What names meant before the last changes, for while the database is away."""
         self._away_until_s = 0.0
         self._lookups: dict[tuple[str, int], asyncio.Task[Resolved]] = {}
-        """Under way: a model, and the generation before the lookup began. Who comes after a change joins none of these:
-        it may have read what was there before."""
+        """Under way: a model, and `_changes` before the lookup began. Who comes after a change joins none of these: it
+        may have read what was there before."""
         self._threads = ThreadPoolExecutor(LOOKUPS, "loradock-names")
         self._searching = threading.Lock()
         self._generation = -1
+        self._changes = 0
+        """That this catalog knows of, its own server's and others'. The registry's generation would not do: of an own
+        change it may tell late (PostgreSQL's notices), or not at all for a while."""
         self._looked_at_s = -math.inf
         self._created = int(time.time())
         self.on_change: Callable[[], None] = lambda: None
@@ -131,6 +136,7 @@ class Catalog:
             del self._last_known[model]
         self._cache.clear()
         self._misses.clear()
+        self._changes += 1
         self.on_change()
 
     async def know(self, model: str) -> None:
@@ -142,15 +148,15 @@ class Catalog:
         self._look_for_changes()
         if model in self._cache or model in self.base_names or self._guess(model) is not None:
             return
-        generation = self._generation
-        task = self._lookups.get((model, generation))
+        changes = self._changes
+        task = self._lookups.get((model, changes))
         if task is None:
-            task = self._lookups[model, generation] = asyncio.create_task(self._look_up_in_thread(model))
-            task.add_done_callback(lambda done: self._looked_up(model, generation, done))
-        timeout_s = LOOKUP_TIMEOUT_S if model not in self._last_known else KNOWN_TIMEOUT_S
+            task = self._lookups[model, changes] = asyncio.create_task(self._look_up_in_thread(model))
+            task.add_done_callback(lambda done: self._looked_up(model, changes, done))
+        was_known = model in self._last_known
+        timeout_s = KNOWN_TIMEOUT_S if was_known else LOOKUP_TIMEOUT_S
         try:
-            async with asyncio.timeout(timeout_s):
-                resolved = await asyncio.shield(task)
+            resolved = await _within(timeout_s, task)
         except (SQLAlchemyError, TimeoutError) as error:
             was_here = time.monotonic() >= self._away_until_s
             self._away_until_s = time.monotonic() + AWAY_S
@@ -161,10 +167,14 @@ class Catalog:
                 return
             if isinstance(error, SQLAlchemyError):
                 raise
+            if was_known and model not in self._last_known:  # this server moved it meanwhile: it counts as a new one
+                await self.know(model)
+                return
             raise RegistryUnavailableError(
                 f"The registry's database has not said within {timeout_s:g} s what {model!r} is", retry_after_s=5
             ) from error
-        if self._registry.generation() == generation:
+        self._look_for_changes()
+        if self._changes == changes:
             self._remember(model, resolved)
 
     async def find(self, model: str) -> Resolved:
@@ -212,8 +222,8 @@ class Catalog:
     async def _look_up_in_thread(self, model: str) -> Resolved:
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._look_up, model)
 
-    def _looked_up(self, model: str, generation: int, done: asyncio.Task[Resolved]) -> None:
-        del self._lookups[model, generation]
+    def _looked_up(self, model: str, changes: int, done: asyncio.Task[Resolved]) -> None:
+        del self._lookups[model, changes]
         if not done.cancelled() and isinstance(done.exception(), ModelNotFoundError):
             self._last_known.pop(model, None)
 
@@ -297,6 +307,15 @@ class Catalog:
         about: dict[str, Any] = {"kind": "base", "placement": "shared", "version": None, "digest": None, "state": state}
         about["aliases"] = [name for name in self.base_names if name != self.base_name]
         return _card(self.base_name, self._created, about)
+
+
+async def _within(timeout_s: float, task: asyncio.Task[Resolved]) -> Resolved:
+    """What the task returns or raises, else TimeoutError. It goes on in any case."""
+    if not (await asyncio.wait([task], timeout=timeout_s))[0]:
+        await asyncio.wait([task], timeout=LATE_S)
+    if not task.done():
+        raise TimeoutError
+    return task.result()
 
 
 def refuse_unfit(version: Version | None) -> None:

@@ -28,6 +28,8 @@ log = logging.getLogger("loradock.engine")
 State = Literal["stopped", "starting", "ready", "stopping", "failed"]
 READY_POLL_S = 0.25
 HEALTH_POLL_S = 1.0
+END_SEEN_WITHIN_S = 0.5
+"""A dead engine's connections break before its end is known, which tells why it died."""
 # A busy API process can miss probes; a dead engine says so, or its process ends, long before this.
 MISSED_PROBES = 24
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0
@@ -264,7 +266,8 @@ class Engine:
                 self._looked.set()
             missed = 0 if healthy else missed + 1
             if healthy is False or missed > MISSED_PROBES:
-                summary = f"{self.plan.subject} is dead: its health check fails"
+                await asyncio.wait([ended], timeout=END_SEEN_WITHIN_S)
+                summary = self._end(ended) if ended.done() else f"{self.plan.subject} is dead: its health check fails"
                 raise EngineError(_with_tail(summary, process), summary=summary)
 
     def _end(self, ended: asyncio.Task[int]) -> str:

@@ -21,7 +21,8 @@ POLL_S = 0.5
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 TRACKER = b"from multiprocessing.resource_tracker import main"
 """In the command line of the process that removes the shared memory of its family once all of them have ended."""
-TRACKER_GRACE_S = 3.0
+TRACKER_LOOKS, TRACKER_LOOK_S = 150, 0.02
+"""Looks and not a time: of a machine that stood still for a while, the tracker has had nothing either."""
 
 
 def main(command: list[str]) -> int:
@@ -51,9 +52,9 @@ def _wakeup_pipe() -> int:
     # Signals become bytes on a pipe, so that one select() waits for all three: a child, a signal, the gateway's end.
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)  # first: no signal is to be handled without its byte
     for number in (*STOP_SIGNALS, signal.SIGCHLD):
         signal.signal(number, lambda _number, _frame: None)
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     return wake_read
 
 
@@ -91,9 +92,10 @@ def kill_group(group: int, spare: int | None = None) -> None:
         if not _kill(members(trackers=False)):
             break
         time.sleep(0.05)
-    patience = time.monotonic() + TRACKER_GRACE_S
-    while members(trackers=True) and time.monotonic() < patience:
-        time.sleep(0.02)
+    for _ in range(TRACKER_LOOKS):
+        if not members(trackers=True):
+            break
+        time.sleep(TRACKER_LOOK_S)
     _kill(members(trackers=True))
 
 

@@ -81,6 +81,7 @@ class LazyModels:
             return replace(known, public_name=model)
         self._refuse_miss(ref)  # somebody else may have met it meanwhile
         await self._bring(self._job(name, ref), ref)
+        self._registered.add(name)
         self._checked.put(name, None, self._config.lazy_recheck_s)
         await self._catalog.know(name)
         return replace(self._catalog.resolve(name), public_name=model)
@@ -92,8 +93,8 @@ class LazyModels:
     async def _known(self, name: str, ref: SourceRef) -> Resolved | None:
         """The name's version where it is of this source and this base. Publishers may have put anything under the name,
         and what was fetched for another base is judged anew."""
-        if name not in self._registered and not await self._is_registered(name):
-            return None
+        if name not in self._registered and not await self._is_registered(name) and name not in self._registered:
+            return None  # the last: somebody else may have fetched it while this one asked
         try:
             await self._catalog.know(name)
             resolved = self._catalog.resolve(name)

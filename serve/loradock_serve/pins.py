@@ -175,7 +175,8 @@ class Pins:
         """Returns when pins may have to be looked at: a name moved, here or elsewhere, or the engine started anew."""
         while not self._news.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), LOOK_EVERY_S)
+                async with asyncio.timeout(LOOK_EVERY_S):  # Python 3.11's wait_for may swallow the end of this task
+                    await self._news.wait()
             current = self._fleet.base.current
             anew = any(hold.start is not None and hold.start is not current for hold in self._holds.values())
             if anew or self._slots() != self._seen_slots or self._registry.generation() != self._generation:

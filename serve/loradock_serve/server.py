@@ -26,6 +26,9 @@ from loradock_serve.proxy import REQUESTS
 log = logging.getLogger("loradock.gateway")
 
 SHUTDOWN_GRACE_S = 10
+KEEP_ALIVE_S = 75
+"""Longer than clients and proxies keep an idle connection themselves (httpx 5 s, aiohttp 15 s, nginx 60 s): where they
+close it first, no request that comes at that moment is lost."""
 BACKLOG = 2048
 COLLECT_EVERY = 20_000  # objects
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -85,6 +88,7 @@ def uvicorn_config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         http=_Protocol,
         timeout_graceful_shutdown=SHUTDOWN_GRACE_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
         server_header=False,
         proxy_headers=False,  # auth.py has that, for what looks at its client
     )

@@ -24,6 +24,7 @@ from loradock_adapters.errors import (
     UsageError,
 )
 from loradock_adapters.manifest import FileEntry, Manifest
+from loradock_adapters.store import LocalStore
 from loradock_testing.s3_server import S3Server, environment, s3_server
 
 
@@ -42,8 +43,9 @@ class FakeBlobs:
         return len(self.contents[sha256]) if sha256 in self.contents else None
 
     def read(self, sha256: str, size_bytes: int) -> Iterator[bytes]:
+        before_read = self.before_read
         self.reads.append(sha256)
-        self.before_read()
+        before_read()
         self._check()
         if sha256 not in self.contents:
             raise FileNotFoundError(sha256)
@@ -184,6 +186,27 @@ def test_error_leaves_no_download_behind_that_would_fail_the_next_request(tmp_pa
             asked.result()
     remote.before_read, remote.down = (lambda: None), False
     assert store.materialise(manifest).is_dir()
+
+
+def test_version_is_there_though_one_that_shares_a_content_makes_room_meanwhile(
+    tmp_path: Path, remote: FakeBlobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = files(1)
+    one, two = (put(CachedStore(tmp_path / "a", remote), contents | {"README.md": text}) for text in (b"1", b"2"))
+    store = CachedStore(tmp_path / "b", remote)
+    store.materialise(one)
+    materialise = LocalStore.materialise
+    freed: list[int | None] = []
+
+    def after_room_was_made(self: LocalStore, manifest: Manifest) -> Path:
+        if not freed:
+            freed.append(store.drop(one.digest))
+        return materialise(self, manifest)
+
+    monkeypatch.setattr(LocalStore, "materialise", after_room_was_made)
+    directory = store.materialise(two)
+    assert freed[0]
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == contents | {"README.md": b"2"}
 
 
 def test_damaged_content_is_tried_twice_and_never_kept(tmp_path: Path, remote: FakeBlobs) -> None:

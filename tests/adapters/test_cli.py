@@ -58,8 +58,8 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     assert [name for name in HEAVY if name in loaded] == []
 
 
-def test_help_takes_less_than_half_a_second_of_a_processor() -> None:
-    printed = require_cheap([sys.executable, "-m", "loradock_adapters.cli", "--help"], most_s=0.5)
+def test_help_takes_less_than_a_second_of_a_processor() -> None:
+    printed = require_cheap([sys.executable, "-m", "loradock_adapters.cli", "--help"], most_s=1.0)
     for command_name in ("push", "ls", "show", "rm", "rollback", "pin", "unpin", "inspect", "train", "serve", "plan"):
         assert f" {command_name} " in printed
 

@@ -98,6 +98,28 @@ def test_second_writer_is_refused_until_the_first_is_done(uploads: Uploads, stor
     put(uploads, CONTENT)
 
 
+def test_writer_who_comes_late_does_not_remove_what_another_has_begun_anew(
+    uploads: Uploads, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun(uploads)
+    lock = uploads_module._lock
+    opened = iter([True])
+    others: list[uploads_module.Upload] = []
+
+    def lock_late(descriptor: int, path: Path) -> None:
+        if next(opened, False):
+            others.append(uploads.begin("ann", SHA, TOTAL, None))
+        lock(descriptor, path)
+
+    monkeypatch.setattr(uploads_module, "_lock", lock_late)
+    with pytest.raises(UploadBusyError):
+        uploads.begin("ann", SHA, TOTAL, None)
+    with others[0] as upload:
+        upload.write([CONTENT])
+        upload.finish()
+    assert store.blob_path(SHA).read_bytes() == CONTENT
+
+
 def test_wrong_bytes_and_too_many_are_refused(uploads: Uploads, store: LocalStore) -> None:
     with uploads.begin("ann", SHA, TOTAL, None) as upload:
         with pytest.raises(DigestMismatchError, match="announced 12"):

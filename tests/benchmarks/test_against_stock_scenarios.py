@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from against_stock import many
+from against_stock import loads, many
 from against_stock.bars import judged
 from against_stock.duel import SETTLE_S, duel
 from against_stock.errors import BenchmarkError
@@ -86,7 +86,7 @@ def in_a_thread(servers: list[FakeServer]) -> Iterator[None]:
         yield
     finally:
         for runner in runners:
-            asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+            asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
@@ -133,7 +133,11 @@ def test_many_adapters_are_compared_with_a_few(sides: tuple[FakeServer, FakeServ
     assert asked[0] == asked[1] > set(names[:8])
 
 
-async def test_loads_are_asked_for_beside_streams(sides: tuple[FakeServer, FakeServer], tmp_path: Path) -> None:
+async def test_loads_are_asked_for_beside_streams(
+    sides: tuple[FakeServer, FakeServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The servers' thread goes on however long this one is kept waiting, and must not come to the end meanwhile.
+    monkeypatch.setattr(loads, "STREAM_TOKENS", 100_000)
     stock = sides[0]
     gaps, calls_s = await phase_of(stock.url, ["fresh-0", "stream-0"], {"fresh-0": tmp_path}, seconds=1.2)
     assert stock.loaded == ["fresh-0"]

@@ -123,21 +123,27 @@ def test_disk_without_a_byte_refuses_what_it_cannot_write_and_serves_on(world: W
     manifest = manifest_of(directory)
     for entry in manifest.files:
         content = (directory / entry.path).read_bytes()
-        httpx.put(f"{world.server.url}/v1/adapters/blobs/{entry.sha256}", content=content).raise_for_status()
-    before = httpx.get(f"{world.server.url}/v1/adapters/model").json()
+        httpx.put(
+            f"{world.server.url}/v1/adapters/blobs/{entry.sha256}", content=content, timeout=60
+        ).raise_for_status()
+    before = httpx.get(f"{world.server.url}/v1/adapters/model", timeout=60).json()
     world.disk.fill()
     published = httpx.post(f"{world.server.url}/v1/adapters/model/versions", json=manifest.to_json(), timeout=60)
     rolled = [
         httpx.post(f"{world.server.url}/v1/adapters/model/rollback", json={"version": 1 + number % 2}, timeout=60)
         for number in range(20)
     ]
-    new = httpx.put(f"{world.server.url}/v1/adapters/blobs/{hashlib.sha256(b'x').hexdigest()}", content=b"x")
+    new = httpx.put(
+        f"{world.server.url}/v1/adapters/blobs/{hashlib.sha256(b'x').hexdigest()}", content=b"x", timeout=60
+    )
     assert [published.status_code, new.status_code] == [507, 507], (published.text, new.text)
     assert {answer.status_code for answer in rolled} <= {200, 507}, [answer.text for answer in rolled]
     assert 507 in {answer.status_code for answer in rolled}
     assert {answer.json()["error"]["code"] for answer in (published, new)} == {"storage_full"}
     assert world.answer("model@1")
     world.disk.empty()
-    assert len(httpx.get(f"{world.server.url}/v1/adapters/model").json()["versions"]) == len(before["versions"])
+    assert len(httpx.get(f"{world.server.url}/v1/adapters/model", timeout=60).json()["versions"]) == len(
+        before["versions"]
+    )
     assert world.push(directory) == (len(before["versions"]) + 1, 0)
     assert world.answer("model") == manifest.digest

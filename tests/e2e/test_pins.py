@@ -40,10 +40,13 @@ def residency(server: LoradockServer, name: str) -> dict[str, Any]:
 def residency_now(server: LoradockServer, name: str) -> dict[str, Any]:
     """As the engine says after this was asked: what the gateway knows of it is up to a second old."""
     began = time.monotonic()
-    while (found := residency(server, name))["seen_seconds_ago"] > time.monotonic() - began:
+    while True:
+        found = residency(server, name)
+        seen_s = found["seen_seconds_ago"]
+        if seen_s is not None and seen_s <= time.monotonic() - began:
+            return found
         assert time.monotonic() - began < 60, f"{found}\n{server.logs()}"
         time.sleep(0.1)
-    return found
 
 
 async def ask_all(server: LoradockServer, models: tuple[str, ...], rounds: int) -> list[int]:

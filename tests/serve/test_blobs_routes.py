@@ -234,9 +234,12 @@ async def test_published_contents_count_for_nobody_and_refused_ones_are_dropped(
 
 
 @pytest.fixture
-async def strict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Served]:
-    """A gateway with small limits and no engine."""
-    uploads = {"max_unpublished_bytes": 2000, "max_unpublished_files": 3, "max_parallel": 1, "stall_s": 1.5}
+async def strict(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Served]:
+    """A gateway with small limits and no engine; the parameter: after how long an upload counts as stalled."""
+    stall_s: float = getattr(request, "param", 60.0)
+    uploads = {"max_unpublished_bytes": 2000, "max_unpublished_files": 3, "max_parallel": 1, "stall_s": stall_s}
     engine = {"url": f"unix://{tmp_path}/nobody"}
     async with serving(tmp_path, monkeypatch, uploads=uploads | {"keep_s": 3600.0}, engine=engine) as running:
         yield running
@@ -261,14 +264,22 @@ async def test_promised_bytes_count_before_they_come(strict: Served) -> None:
 
 
 @pytest.mark.asyncio(loop_scope="function")
-async def test_upload_that_stalls_ends_keeps_what_came_and_lets_others_in(strict: Served) -> None:
-    raw = content("stalls", 1000)
+async def test_more_uploads_at_once_than_there_may_be_are_refused(strict: Served) -> None:
+    raw = content("first", 1000)
     async with Raw.put(strict, raw) as client:
         await client.send(raw[:400])
         await until(lambda: held(strict, raw) >= 0, "the upload")
         other = await strict.client.put(path_of(b"other"), content=b"other")
         assert (other.status_code, error_of(other)["code"]) == (429, "too_many_uploads")
         assert other.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("strict", [1.5], indirect=True)
+@pytest.mark.asyncio(loop_scope="function")
+async def test_upload_that_stalls_ends_keeps_what_came_and_lets_others_in(strict: Served) -> None:
+    raw = content("stalls", 1000)
+    async with Raw.put(strict, raw) as client:
+        await client.send(raw[:400])
         answer = await client.answer()
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b"connection: close" in answer
@@ -277,6 +288,7 @@ async def test_upload_that_stalls_ends_keeps_what_came_and_lets_others_in(strict
     assert (await strict.client.put(path_of(b"other"), content=b"other")).status_code == 201
 
 
+@pytest.mark.parametrize("strict", [1.5], indirect=True)
 @pytest.mark.asyncio(loop_scope="function")
 async def test_upload_that_trickles_ends_as_well(strict: Served) -> None:
     raw = content("trickles", 1000)

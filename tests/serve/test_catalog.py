@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -85,9 +86,12 @@ def test_what_another_gateway_changes_is_seen_at_the_next_request(registry: Regi
     other.close()
 
 
+@pytest.mark.parametrize("is_told", [True, False], ids=["the registry tells", "its notice is still to come"])
 async def test_lookup_from_before_a_change_is_not_remembered_by_who_joins_it_after(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, is_told: bool
 ) -> None:
+    if not is_told:
+        monkeypatch.setattr(Registry, "generation", lambda _registry: 7)
     publish(registry, "a", "one")
     catalog = Catalog(registry, "m", Behaviour())
     has_read, may_answer = threading.Event(), threading.Event()
@@ -99,11 +103,12 @@ async def test_lookup_from_before_a_change_is_not_remembered_by_who_joins_it_aft
         may_answer.wait(10)
         return found
 
-    with monkeypatch.context() as slow:
+    with pytest.MonkeyPatch.context() as slow:
         slow.setattr(Registry, "route", slowly)
         early = asyncio.create_task(catalog.know("a"))
         await asyncio.to_thread(has_read.wait, 10)
         publish(registry, "a", "two")
+        catalog.changed("a")
         slow.undo()
         late = asyncio.create_task(catalog.know("a"))
         await asyncio.sleep(0)
@@ -261,8 +266,10 @@ async def test_own_change_of_a_name_is_seen_at_once(away: AwayRegistry, monkeypa
 
 
 async def test_name_that_was_seen_answers_while_the_database_is_away(
-    away: AwayRegistry, caplog: pytest.LogCaptureFixture
+    away: AwayRegistry, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(catalog_module, "AWAY_S", 3600.0)
     catalog = catalog_on(away)
     await catalog.know("a")
     away.number, away.error = 1, AWAY  # something has changed, and nobody can say what
@@ -287,6 +294,7 @@ async def test_what_this_server_changed_itself_never_means_again_what_it_meant(
     publish(registry, "a", "two")
     away.number = 1
     monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(catalog_module, "AWAY_S", 3600.0)
     away.may_answer.clear()
     if seen_first:  # by a request that comes between the commit and the end of the push
         await catalog.know("a")
@@ -299,10 +307,44 @@ async def test_what_this_server_changed_itself_never_means_again_what_it_meant(
     assert (await waiting).engine_name == manifest("two").digest
 
 
+async def test_process_that_stood_still_is_no_database_that_is_away(
+    away: AwayRegistry, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(catalog_module, "LATE_S", 60.0)
+    catalog = catalog_on(away)
+    await catalog.find("a")
+    publish(registry, "a", "two")  # by another gateway
+    away.number = 1
+    waiting = asyncio.create_task(catalog.find("a"))
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_soon(time.sleep, 0.2)
+    assert (await waiting).engine_name == manifest("two").digest
+
+
+async def test_name_that_this_server_moves_while_it_is_asked_for_is_asked_for_as_a_new_one(
+    away: AwayRegistry, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(catalog_module, "LATE_S", 0.0)
+    catalog = catalog_on(away)
+    await catalog.find("a")
+    away.number = 1
+    away.may_answer.clear()
+    waiting = asyncio.create_task(catalog.find("a"))
+    await until(lambda: len(away.asked) == 2, "the question")
+    publish(registry, "a", "two")
+    catalog.changed("a")
+    await until(lambda: len(away.asked) == 3, "the question once more")
+    away.may_answer.set()
+    assert (await waiting).engine_name == manifest("two").digest
+
+
 async def test_name_that_moved_meanwhile_is_seen_once_the_database_is_back(
     away: AwayRegistry, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(catalog_module, "AWAY_S", 0.0)
+    monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 60.0)
     catalog = catalog_on(away)
     await catalog.know("a")
     publish(registry, "a", "two")
@@ -325,6 +367,7 @@ async def test_database_that_says_nothing_holds_nobody_for_long(
     await catalog.know("a")
     monkeypatch.setattr(catalog_module, "LOOKUP_TIMEOUT_S", 0.05)
     monkeypatch.setattr(catalog_module, "KNOWN_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(catalog_module, "AWAY_S", 3600.0)
     away.number = 1
     away.may_answer.clear()
     await catalog.know("a")

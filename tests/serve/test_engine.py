@@ -199,8 +199,12 @@ async def test_base_that_is_killed_restarts_and_nothing_of_the_old_one_stays(tmp
 
 
 async def test_ready_engine_that_is_killed_leaves_one_log_line_with_its_last_words_and_the_signal(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where its connections break before its end is known."""
+    monkeypatch.setattr(engine_module, "HEALTH_POLL_S", 0.001)
+    monkeypatch.setattr(engine_module, "END_SEEN_WITHIN_S", 60.0)
+
     def talkative(socket: Path) -> EngineCommand:
         command = fake_command(socket)
         script = "import os, runpy, sys; print('last words', flush=True); sys.argv.pop(1); "
@@ -230,7 +234,7 @@ async def test_suspected_engine_that_is_sick_restarts(tmp_path: Path, monkeypatc
     monkeypatch.setattr(engine_module, "HEALTH_POLL_S", 600.0)  # so that only the suspicion can find it
     async with running(fake_engine(tmp_path, restarts=True)) as engine:
         first = await engine.ensure_ready(30)
-        engine.suspect()
+        await engine.examine(60)
         assert await first.client.is_healthy()
         await post(first.client, "!sick")
         assert engine.current is first

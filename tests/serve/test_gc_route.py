@@ -38,6 +38,7 @@ async def test_removed_model_is_freed_and_the_engine_has_let_go_of_it(
         path.stat().st_size for path in shared.version_dir(gone).iterdir() if path.suffix == ".safetensors"
     )
     assert await command(shared, "rm", "gone") == 0
+    await until(lambda: shared.gateway.fleet.use_of(gone) is None, "the engine letting go")
     assert await command(shared, "gc", "--dry-run") == 0
     assert capsys.readouterr().out.startswith("would free ")
     assert shared.version_dir(gone).is_dir()
@@ -130,6 +131,7 @@ async def test_engine_that_does_not_say_what_it_has_keeps_everything(
 ) -> None:
     digest = await push(shared, tmp_path, "unknown")
     await shared.client.delete("/v1/adapters/unknown")
+    await until(lambda: shared.gateway.fleet.use_of(digest) is None, "the engine letting go")
 
     async def silent(_client: EngineClient) -> None:
         raise EngineUnavailableError("it does not answer")

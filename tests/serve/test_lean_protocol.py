@@ -324,7 +324,7 @@ async def test_client_that_takes_nothing_any_more_is_let_go(head: str, monkeypat
 
 
 async def test_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lean_protocol, "STALLED_S", 0.8)
+    monkeypatch.setattr(lean_protocol, "STALLED_S", 3600.0)  # it is looked by hand, whenever some of it was read
     size = 30_000_000  # more than sockets hold for a reader, so that some waits when it is looked for progress
 
     async def large(_receive: Receive, send: Send) -> None:
@@ -333,14 +333,21 @@ async def test_client_that_reads_slowly_gets_its_whole_answer(monkeypatch: pytes
 
     app = App()
     app.answer = large
-    async with serving(app) as (_, port):
+    async with serving(app) as (server, port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=100_000)
         Client(reader, writer).write(POST)
-        got = len(await reader.readuntil(b"\r\n\r\n")) * 0
+        await reader.readuntil(b"\r\n\r\n")
+        (connection,) = cast(Any, server.server_state.connections)
+        got = looks = 0
         while got < size:
             got += len(await reader.readexactly(min(2_000_000, size - got)))
-            await asyncio.sleep(0.15)
+            timer = connection._stall_timer
+            if timer is not None and connection.transport.get_write_buffer_size() < connection._unsent_bytes:
+                timer.cancel()
+                connection._look_for_progress()
+                looks += 1
         assert got == size
+        assert looks > 1
         writer.close()
 
 
@@ -412,19 +419,32 @@ async def test_length_that_is_not_kept_is_an_error(length: bytes, caplog: pytest
     assert "not as long as its content-length" in caplog.text
 
 
-async def test_idle_connection_is_closed_and_a_busy_one_is_not() -> None:
+async def test_idle_connection_is_closed() -> None:
+    async with connected(App(), timeout_keep_alive=0.1) as client:
+        assert (await client.ask(POST))[1] == b"yes"
+        assert await asyncio.wait_for(client.reader.read(), 60) == b""
+
+
+async def test_busy_connection_is_not_closed_when_the_time_of_an_idle_one_is_over() -> None:
     app = App()
-    app.answer = slow
-    async with connected(app, timeout_keep_alive=0.1) as client:
-        for _ in range(3):
-            assert (await client.ask(POST))[1] == b"yes"
-        assert await asyncio.wait_for(client.reader.read(), 10) == b""
 
+    async def wait(receive: Receive, send: Send) -> None:
+        await app.may_go_on.wait()
+        await whole(receive, send)
 
-async def slow(_receive: Receive, send: Send) -> None:
-    await start(send, (b"content-length", b"3"))
-    await asyncio.sleep(0.15)
-    await body(send, b"yes")
+    async with serving(app, timeout_keep_alive=3600) as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        client = Client(reader, writer)
+        assert (await client.ask(POST))[1] == b"yes"  # from now on there is a timer
+        app.answer = wait
+        client.write(POST)
+        await until(lambda: len(app.seen) == 2, "the request")
+        (connection,) = cast(Any, server.server_state.connections)
+        connection.timeout_keep_alive_task.cancel()
+        connection.timeout_keep_alive_handler()
+        app.may_go_on.set()
+        assert (await client.answer())[1] == b"yes"
+        writer.close()
 
 
 async def test_connection_that_the_client_wants_closed_is_closed() -> None:

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from loradock_adapters.manifest import manifest_of
+from loradock_serve.packed_file import SYNCED
 from loradock_testing.checkpoints import write_adapter, write_full
 from loradock_testing.gateway import Served, serving
 from loradock_testing.malformed import DIRECTORIES, Answer, Make
@@ -51,6 +52,8 @@ async def traffic(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Tra
             await served.until_ready()
             pushed = await served.push(write_adapter(root / "good"), "good")
             assert pushed.status_code == 201, pushed.text
+            packed = served.data_dir / "packed"  # synced a while later, with a file that says so
+            await until(lambda: any(packed.glob(f"*/{SYNCED}")), "the packed form on the disk", timeout_s=60)
             running = Traffic(served, pushed.json()["digest"])
             task = asyncio.create_task(running.run())
             yield running

@@ -91,7 +91,7 @@ async def test_pin_loads_then_keeps_a_slot_then_has_the_engine_pin(scene: Scene)
     digest = scene.publish("a", 1)
     scene.keeper.drained.clear()
     version = await scene.pins.pin("a", 0.01)
-    assert scene.calls == [f"load {digest}", f"keep {digest}"]
+    await scene.until_called(f"load {digest}", f"keep {digest}")
     state, why = scene.pins.state_of("a")
     assert (version.name, state) == ("a", "waiting")
     assert why is not None

@@ -135,7 +135,8 @@ def test_status_of_an_engine_without_our_plugin_is_a_look_at_nothing() -> None:
 
 
 @pytest.fixture
-async def adapters(served: Served, tmp_path: Path) -> Served:
+async def adapters(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Served:
+    monkeypatch.setattr("loradock_serve.residency.WAIT_S", 60.0)
     await served.until_ready()
     for number, name in enumerate(("asked", "stored")):
         (await served.push(write_adapter(tmp_path / name, seed=number), name)).raise_for_status()

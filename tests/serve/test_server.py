@@ -52,7 +52,7 @@ class Serving:
 
     async def engine_group(self) -> int:
         """The process group of the base's engine, once it is healthy."""
-        async with httpx.AsyncClient(base_url=self.url) as client:
+        async with httpx.AsyncClient(base_url=self.url, timeout=60) as client:
 
             async def healthy() -> bool:
                 return (await client.get("/health")).status_code == 200
@@ -95,7 +95,7 @@ async def test_server_told_to_stop_leaves_no_process_and_no_socket_and_status_0(
         group = await running.engine_group()
         assert len(group_members(group)) == 2
         running.process.send_signal(number)
-        assert await asyncio.wait_for(running.process.wait(), 20) == 0
+        assert await asyncio.wait_for(running.process.wait(), 60) == 0
         assert group_members(group) == []
         assert list((tmp_path / "tmp").glob("loradock.*")) == []
         assert "Traceback" not in running.log
@@ -107,7 +107,7 @@ async def test_second_server_on_one_data_dir_ends_with_status_2_and_names_the_fi
         await first.until_listening()
         (tmp_path / "second").mkdir()
         async with serve(tmp_path / "second", "--data-dir", str(tmp_path / "data")) as second:
-            assert await asyncio.wait_for(second.process.wait(), 20) == 2
+            assert await asyncio.wait_for(second.process.wait(), 60) == 2
             assert f"in use by another gateway, process {first.process.pid}" in " ".join(second.log.split())
             assert "Traceback" not in second.log
 
@@ -142,13 +142,13 @@ async def test_announcement_says_what_is_served_to_whom_and_never_the_key(tmp_pa
         assert "base tiny-base or base from " in running.log
         assert re.search(r"\d+ adapter slots \(.+\) of rank 64 \(.+\): .* MiB each", running.log)
         assert "s3cret" not in running.log
-        async with httpx.AsyncClient(base_url=running.url) as client:
+        async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
             assert (await client.get("/v1/models")).status_code == 401
 
 
 async def test_other_address_without_a_key_does_not_start(tmp_path: Path) -> None:
     async with serve(tmp_path, "--host", "0.0.0.0", LORADOCK_ADMIN_KEY="") as running:
-        assert await asyncio.wait_for(running.process.wait(), 20) == 2
+        assert await asyncio.wait_for(running.process.wait(), 60) == 2
         assert "is reachable from other machines" in " ".join(running.log.split())
         assert "Traceback" not in running.log
 

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from loradock_adapters.errors import UsageError
 from loradock_testing.rows import WriteRows
 from loradock_testing.waiting import until
+from loradock_train import launch
 from loradock_train.ending import Ending, chosen, describe, raised
 from loradock_train.errors import DataError, Problem, RunStopped, TrainError
 from loradock_train.launch import Machines, environments
@@ -31,13 +34,18 @@ def config(base: Path, tmp_path: Path, write_rows: WriteRows) -> Path:
     return path
 
 
-def start(config: Path, *options: str) -> subprocess.Popen[str]:
-    """The command, as a person runs it."""
-    return subprocess.Popen(
+@contextmanager
+def started(config: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """The command, as a person runs it. Ends with the block, and its workers with it."""
+    with subprocess.Popen(
         [sys.executable, "-c", "from loradock_adapters.cli import main; main()", "train", str(config), *options],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def workers_of(launcher: int) -> list[int]:
@@ -73,12 +81,12 @@ def test_worker_ends_without_taking_python_down(code: int) -> None:
 async def until_training(run: Path) -> None:
     """Until the first step has been logged."""
     metrics = run / "metrics.jsonl"
-    await until(lambda: metrics.is_file() and metrics.stat().st_size > 0, "a first step", timeout_s=60.0)
+    await until(lambda: metrics.is_file() and metrics.stat().st_size > 0, "a first step", timeout_s=180.0)
 
 
 def test_two_processes_train_and_speak_once(config: Path, tmp_path: Path) -> None:
-    process = start(config, "--output", str(tmp_path / "run"), "--json")
-    out, err = process.communicate(timeout=120)
+    with started(config, "--output", str(tmp_path / "run"), "--json") as process:
+        out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert json.loads(out) == json.loads((tmp_path / "run" / "run.json").read_text())
     assert json.loads(out)["num_devices"] == 2
@@ -86,10 +94,11 @@ def test_two_processes_train_and_speak_once(config: Path, tmp_path: Path) -> Non
 
 
 async def test_sigterm_is_passed_on_and_the_run_saves_and_ends_well(config: Path, tmp_path: Path) -> None:
-    process = start(config, "--output", str(tmp_path / "run"), "--set", "max_steps=100000", "--set", "num_epochs=1e6")
-    await until_training(tmp_path / "run")
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    output = str(tmp_path / "run")
+    with started(config, "--output", output, "--set", "max_steps=100000", "--set", "num_epochs=1e6") as process:
+        await until_training(tmp_path / "run")
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "--resume" in err
     assert len(list((tmp_path / "run" / "saves").glob("step-*"))) == 1
@@ -97,14 +106,14 @@ async def test_sigterm_is_passed_on_and_the_run_saves_and_ends_well(config: Path
 
 @pytest.mark.parametrize("who", ["launcher", "worker"])
 async def test_no_process_is_left_where_one_is_killed(config: Path, tmp_path: Path, who: str) -> None:
-    process = start(config, "--output", str(tmp_path / "run"), "--set", "max_steps=100000")
-    await until_training(tmp_path / "run")
-    workers = workers_of(process.pid)
-    assert len(workers) == 2
-    os.kill(process.pid if who == "launcher" else max(workers), signal.SIGKILL)
-    _, err = process.communicate(timeout=60)  # ends when nobody holds its stderr any longer
-    # The kernel kills them; process 1 holds nothing that `communicate` waits for.
-    await until(lambda: all(is_dead(worker) for worker in workers), "the end of every process")
+    with started(config, "--output", str(tmp_path / "run"), "--set", "max_steps=100000") as process:
+        await until_training(tmp_path / "run")
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
+        os.kill(process.pid if who == "launcher" else max(workers), signal.SIGKILL)
+        _, err = process.communicate(timeout=180)  # ends when nobody holds its stderr any longer
+        # The kernel kills them; process 1 holds nothing that `communicate` waits for.
+        await until(lambda: all(is_dead(worker) for worker in workers), "the end of every process", timeout_s=60)
     if who == "worker":
         assert process.returncode == 1
         assert "was killed by SIGKILL; the machine may have run out of memory" in err
@@ -156,6 +165,27 @@ def ending(rank: int, at_s: float, error: Exception) -> Ending:
 )
 def test_reason_is_the_failure_and_not_what_follows_from_it(endings: Sequence[Ending], rank: int) -> None:
     assert chosen(endings).rank == rank
+
+
+def test_process_that_we_killed_after_another_failed_is_not_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 0 may wait in a step for the dead one, and have no time to say so."""
+    told = json.dumps(asdict(ending(1, 0.0, KeyError("mine"))))
+    scripts = {
+        "0": "import time; time.sleep(600)",
+        "1": f"import pathlib, sys; pathlib.Path(sys.argv[1], 'end-1.json').write_text({told!r}); sys.exit(1)",
+    }
+
+    def start_process(folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        local = environment["LOCAL_RANK"]
+        (folder / f"log-{local}.txt").touch()
+        return subprocess.Popen([sys.executable, "-c", scripts[local], str(folder)])
+
+    monkeypatch.setattr(launch, "start_process", start_process)
+    monkeypatch.setattr(launch, "GRACE_S", 0.1)
+    with pytest.raises(TrainError, match=r"process 1 of 2 failed:\n.*mine"):
+        launch.launch(launch.WorkOrder({}, [], "run", str(tmp_path), False, False, os.getpid()), 2, Machines())
 
 
 def test_error_of_a_process_is_raised_as_its_own_type_and_names_the_process() -> None:

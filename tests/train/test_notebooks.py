@@ -33,7 +33,11 @@ def test_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     notebook = read(path)
     NotebookClient(
-        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook,
+        timeout=600,
+        startup_timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
     told = json.dumps([cell.get("outputs") for cell in notebook.cells])
     assert [text for text in SEEN[path.stem] if text not in told] == []

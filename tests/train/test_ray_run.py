@@ -65,7 +65,7 @@ def command(*words: str) -> list[str]:
 
 def train(*words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"} | TOKEN
-    return subprocess.run(command(*words), env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command(*words), env=environment, capture_output=True, text=True, timeout=400)
 
 
 def test_run_on_ray_has_the_bits_of_two_processes_here(cluster: str, config: Path, tmp_path: Path) -> None:
@@ -104,14 +104,14 @@ def test_run_that_is_stopped_saves_and_goes_on(cluster: str, config: Path, tmp_p
     with told.open("w") as file:  # a pipe that nobody reads would fill up
         process = subprocess.Popen(command(*words), env=environment, stderr=file)
     try:
-        until_s = time.monotonic() + 120
+        until_s = time.monotonic() + 300
         lines = tmp_path / "run" / "metrics.jsonl"
         while not (lines.is_file() and lines.stat().st_size):
             assert process.poll() is None, told.read_text()
             assert time.monotonic() < until_s, told.read_text()
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 0, told.read_text()
+        assert process.wait(timeout=300) == 0, told.read_text()
     finally:  # of a test that fails: what it leaves running would fail the next one, too
         process.kill()
         process.wait()

@@ -42,7 +42,7 @@ def ended(legs: list[dict[str, Any]]) -> list[int]:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "loradock_testing.train_legs"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=json.dumps(legs), capture_output=True, text=True, timeout=200,
+        input=json.dumps(legs), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     codes: list[int] = json.loads(done.stdout)

@@ -320,7 +320,7 @@ def test_killed_run_with_images_goes_on_to_the_same_bits(seeing: Path, write_row
     done = subprocess.run(
         [sys.executable, "-m", "loradock_testing.train_legs"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=json.dumps(legs), capture_output=True, text=True, timeout=200, check=True,
+        input=json.dumps(legs), capture_output=True, text=True, timeout=600, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout) == [0, -9, 0], done.stderr
     for name in ("checkpoint/adapter_model.safetensors", "similarity/before.csv", "similarity/after.csv"):

@@ -113,14 +113,17 @@ def launch(order: WorkOrder, num_processes: int, machines: Machines) -> None:
         folder = Path(name)
         (folder / "order.json").write_text(json.dumps(asdict(order)), encoding="utf-8")
         processes: list[subprocess.Popen[bytes]] = []
+        killed: set[int] = set()
         try:
             for environment in environments(num_processes, machines, folder / "rendezvous"):
                 processes.append(start_process(folder, environment))
             with _passed_on(processes):
                 failed = _wait(processes)
         finally:
-            _end(processes)
+            killed = _end(processes)
         endings = [ending_of(folder, local, process) for local, process in enumerate(processes)]
+    # Whom we killed, because another had failed, died of nothing of its own: its signal is no reason.
+    endings = [ending for ending in endings if ending.error is not None or ending.rank not in killed]
     if failed or any(ending.error is not None for ending in endings):
         raise raised(chosen(endings), num_processes * machines.nodes, num_processes * machines.rank)
 
@@ -199,13 +202,14 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> bool:
     return until_s is not None
 
 
-def _end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Nothing that waits for a dead process ever ends by itself."""
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
+def _end(processes: list[subprocess.Popen[bytes]]) -> set[int]:
+    """Nothing that waits for a dead process ever ends by itself. Returns which of them had to be killed."""
+    alive = {local for local, process in enumerate(processes) if process.poll() is None}
+    for local in alive:
+        processes[local].kill()
     for process in processes:
         process.wait()
+    return alive
 
 
 def ending_of(folder: Path, local: int, process: subprocess.Popen[bytes]) -> Ending:

@@ -117,7 +117,9 @@ class Api:
 def api_session(url: str) -> aiohttp.ClientSession:
     """Connections to a server; close it in the loop that used it."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-    return aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+    # Less than servers keep idle connections: a request on one that is just being closed would fail.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2)
+    return aiohttp.ClientSession(url, connector=connector, timeout=timeout)
 
 
 async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:

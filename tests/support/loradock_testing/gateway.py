@@ -60,7 +60,7 @@ class Served:
         assert answer.status_code == 200, answer.text
         return str(answer.json()["choices"][0]["text"])
 
-    async def seen(self, timeout_s: float = 10.0) -> Any:
+    async def seen(self, timeout_s: float = 60.0) -> Any:
         """What the base's fake engine was asked."""
         start = await self.gateway.fleet.base.ensure_ready(timeout_s)
         _, text = await start.client._get("/fake/seen", timeout_s)

@@ -71,6 +71,7 @@ def vllm_server(
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": cores,
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # a request on a connection that is just being closed would fail
         # Else the first request for logprobs compiles a kernel for half a minute, and everyone waits.
         "TORCH_COMPILE_DISABLE": "1",
         "DO_NOT_TRACK": "1",

@@ -23,7 +23,7 @@ def _told_by(program: str, legs: list[dict[str, Any]]) -> Any:
     done = subprocess.run(
         [sys.executable, "-m", f"loradock_testing.{program}"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        input=json.dumps(legs), capture_output=True, text=True, timeout=200,
+        input=json.dumps(legs), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     sys.stdout.write(done.stderr)
