@@ -363,16 +363,14 @@ def _open_locked(path: Path) -> int:
 
 def _remove_unless_locked(path: Path) -> None:
     """Raises UploadBusyError, FileNotFoundError."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            _lock(descriptor, path)
-            if os.path.samestat(os.fstat(descriptor), path.stat()):
-                path.unlink()
-                return
-            # Else somebody began it anew between its opening and its locking: that one is theirs.
-        finally:
-            os.close(descriptor)
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        _lock(descriptor, path)
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):  # somebody began it anew between these lines
+            raise UploadBusyError(path.name.partition(".")[0])
+        path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def _lock(descriptor: int, path: Path) -> None:
