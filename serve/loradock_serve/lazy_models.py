@@ -81,7 +81,7 @@ class LazyModels:
             return replace(known, public_name=model)
         self._refuse_miss(ref)  # somebody else may have met it meanwhile
         await self._bring(self._job(name, ref), ref)
-        self._registered.add(name)
+        self._note_registered(name)
         self._checked.put(name, None, self._config.lazy_recheck_s)
         await self._catalog.know(name)
         return replace(self._catalog.resolve(name), public_name=model)
@@ -108,10 +108,13 @@ class LazyModels:
     async def _is_registered(self, name: str) -> bool:
         if not await self._catalog.has(name):
             return False
+        self._note_registered(name)
+        return True
+
+    def _note_registered(self, name: str) -> None:
         if len(self._registered) >= MAX_KNOWN:
             self._registered.clear()
         self._registered.add(name)
-        return True
 
     def _job(self, name: str, ref: SourceRef) -> Job:
         """The fetch that is under way, or a new one where the bucket has room for it."""

@@ -9,23 +9,35 @@ from loradock_adapters.base import BaseModel
 from loradock_adapters.base_identity import BaseIdentity
 from loradock_adapters.engine_rules import EngineLimits
 from loradock_serve import metrics
+from loradock_serve.engine import Engine
 from loradock_serve.process import EngineProcess
 from loradock_testing.engines import fake_command
 from loradock_testing.gateway import Served, serving
 from loradock_testing.waiting import until
 
 
-async def test_gateway_is_alive_before_its_engine_is_and_healthy_with_it(served: Served) -> None:
-    assert (await served.client.get("/livez")).json() == {"status": "alive"}
-    early = await served.client.get("/health")
-    assert early.status_code == 503
-    assert early.headers["retry-after"] == "5"
-    assert early.json()["error"]["message"] == "The base's engine is starting"
-    await served.until_ready()
-    assert (await served.client.get("/health")).json() == {"status": "healthy"}
-    await served.complete("base", "!sick")
-    sick = await served.client.get("/health")
-    assert sick.status_code == 503
+async def test_gateway_is_alive_before_its_engine_is_and_healthy_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_start, live = asyncio.Event(), Engine._live
+
+    async def live_later(engine: Engine) -> None:
+        await may_start.wait()
+        await live(engine)
+
+    monkeypatch.setattr(Engine, "_live", live_later)
+    async with serving(tmp_path, monkeypatch) as served:
+        assert (await served.client.get("/livez")).json() == {"status": "alive"}
+        early = await served.client.get("/health")
+        assert early.status_code == 503
+        assert early.headers["retry-after"] == "5"
+        assert early.json()["error"]["message"] == "The base's engine is starting"
+        may_start.set()
+        await served.until_ready()
+        assert (await served.client.get("/health")).json() == {"status": "healthy"}
+        await served.complete("base", "!sick")
+        sick = await served.client.get("/health")
+        assert sick.status_code == 503
 
 
 @pytest.mark.parametrize("path", ["/livez", "/health", "/metrics"])

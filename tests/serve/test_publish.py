@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from loradock_adapters.manifest import manifest_of
 from loradock_adapters.registry import Registry
 from loradock_adapters.store import LocalStore
+from loradock_serve import engine as engine_module
 from loradock_serve.engine import AttachedEngine, Engine
 from loradock_serve.publish import Publisher
 from loradock_serve.turns import Turns
@@ -68,11 +69,15 @@ async def test_engine_that_is_not_up_yet_leaves_the_version_unproven_and_served_
         assert (await served.client.get("/v1/adapters/early")).json()["state"] == "loaded"
 
 
-async def test_engine_that_dies_during_the_proof_does_not_hinder(served: Served, tmp_path: Path) -> None:
-    start = await served.gateway.fleet.base.ensure_ready(30)
-    await start.client._pool.close(0)
-    answer = await served.push(write_adapter(tmp_path / "a"), "unproven")
-    assert (answer.status_code, answer.json()["state"]) == (201, "unproven")
+async def test_engine_that_dies_during_the_proof_does_not_hinder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "FIRST_PAUSE_S", 600.0)  # its next start would prove it
+    async with serving(tmp_path, monkeypatch) as served:
+        start = await served.gateway.fleet.base.ensure_ready(30)
+        await start.client._pool.close(0)
+        answer = await served.push(write_adapter(tmp_path / "a"), "unproven")
+        assert (answer.status_code, answer.json()["state"]) == (201, "unproven")
 
 
 async def test_attached_engine_without_our_plug_in_takes_no_adapters_and_keeps_nothing(

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.torch import load_file
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from loradock_adapters.cli import run
 from loradock_testing.rows import WriteRows
+from loradock_train.ray_run import _held_port
 
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 """What Ray lets in whom with: the cluster's and ours."""
@@ -117,6 +120,15 @@ def test_run_that_is_stopped_saves_and_goes_on(cluster: str, config: Path, tmp_p
         process.wait()
     assert f"--ray {cluster} --workers 2" in told.read_text()
     assert len(list((tmp_path / "run" / "saves").glob("step-*"))) == 1
+
+
+def test_port_where_processes_meet_is_nobody_elses_and_torch_can_listen_there() -> None:
+    with _held_port() as port:
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("", port))
+        store = TCPStore("127.0.0.1", port, is_master=True)
+        store.set("word", "heard")
+        assert TCPStore("127.0.0.1", port, is_master=False).get("word") == b"heard"
 
 
 @pytest.mark.parametrize(

@@ -218,10 +218,19 @@ def _work(told: dict[str, Any]) -> None:
     from ray.train.collective import broadcast_from_rank_zero
 
     context = train.get_context()
-    rank, local = context.get_world_rank(), context.get_local_rank()
+    rank = context.get_world_rank()
     address: Any = ray.util.get_node_ip_address
-    place = {"host": address(), "port": _free_port()} if rank == 0 else None
-    place = broadcast_from_rank_zero(place)
+    with _held_port() as port:
+        place = broadcast_from_rank_zero({"host": address(), "port": port} if rank == 0 else None)
+        ending = _run_process(told, context, place)
+    ray.get(told["box"].put.remote(asdict(ending)))
+    if ending.code != 0:
+        raise RuntimeError(f"process {rank} failed")
+
+
+def _run_process(told: dict[str, Any], context: Any, place: Mapping[str, Any]) -> Ending:
+    """The worker's process of the run, which meets the others at `place`; how it ended."""
+    rank, local = context.get_world_rank(), context.get_local_rank()
     environment = {
         "RANK": str(rank), "WORLD_SIZE": str(context.get_world_size()), "LOCAL_RANK": str(local),
         "LOCAL_WORLD_SIZE": str(context.get_local_world_size()), "GROUP_RANK": str(context.get_node_rank()),
@@ -230,24 +239,20 @@ def _work(told: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="loradock-worker-") as name:
         folder = Path(name)
         if not _is_shared(Path(told["proof"])):
-            ending = Ending(
+            return Ending(
                 rank, 0.0, UsageError.__name__, code=2, is_ours=True,
                 message=f"{Path(told['proof']).parent} is not the same folder on every machine of the cluster; give an "
                 "--output on storage that they share",
             )  # fmt: skip
-        else:
-            (folder / "order.json").write_text(json.dumps(told["order"] | {"launcher": os.getpid()}), encoding="utf-8")
-            process = start_process(folder, environment)
-            try:
-                _wait(process, told["box"])
-            finally:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-            ending = replace(ending_of(folder, local, process), rank=rank)
-    ray.get(told["box"].put.remote(asdict(ending)))
-    if ending.code != 0:
-        raise RuntimeError(f"process {rank} failed")
+        (folder / "order.json").write_text(json.dumps(told["order"] | {"launcher": os.getpid()}), encoding="utf-8")
+        process = start_process(folder, environment)
+        try:
+            _wait(process, told["box"])
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        return replace(ending_of(folder, local, process), rank=rank)
 
 
 def _wait(process: subprocess.Popen[bytes], box: Any) -> None:
@@ -272,8 +277,11 @@ def _is_shared(proof: Path) -> bool:
         return False
 
 
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        port: int = listener.getsockname()[1]
-        return port
+@contextmanager
+def _held_port() -> Iterator[int]:
+    """A port that nobody is given during the block, however long a process takes to start and listen there: torch's
+    store may, since both set SO_REUSEADDR."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
