@@ -49,6 +49,10 @@ class _Hold:
     version: Version
     task: asyncio.Task[None] | None = None
     """Ends when it is held, or will not be."""
+    asked: EngineStart | None = None
+    asking: asyncio.Task[None] | None = None
+    """The start that was asked to pin it, and the question, which goes on when this is let go of: an engine does not
+    stop pinning because nobody waits for it."""
     start: EngineStart | None = None
     """The start of the engine that holds it; None until it does."""
     trouble: str | None = None
@@ -79,7 +83,7 @@ class Pins:
         self._keeper = keeper
         self._names: dict[str, Version] = {}
         self._holds: dict[str, _Hold] = {}
-        self._releases: set[asyncio.Task[None]] = set()
+        self._releases: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
         self._turn = asyncio.Lock()
         self._generation = -1
@@ -94,9 +98,11 @@ class Pins:
     async def stop(self) -> None:
         """Let go of nothing in the engine: it ends too."""
         tasks = [task for task in (self._task, *(hold.task for hold in self._holds.values())) if task is not None]
-        for task in (*tasks, *self._releases):
+        tasks += [hold.asking for hold in self._holds.values() if hold.asking is not None]
+        tasks += self._releases.values()
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, *self._releases, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     @property
     def digests(self) -> set[str]:
@@ -213,7 +219,11 @@ class Pins:
                 hold.trouble = "requests in flight use all slots; one of them has to end first"
                 await self._keeper.pin(version.digest)
                 hold.trouble = None
-                await start.client.pin_adapter(version.digest)
+                if (release := self._releases.get(version.digest)) is not None:
+                    await asyncio.wait([release])  # of an earlier pin: it must not undo this one
+                hold.asked, hold.asking = start, asyncio.create_task(start.client.pin_adapter(version.digest))
+                hold.asking.add_done_callback(lambda done: done.cancelled() or done.exception())  # it was heard
+                await asyncio.shield(hold.asking)
             except (EngineUnavailableError, StoreUnavailableError) as error:
                 hold.trouble = str(error)
                 await asyncio.sleep(TRY_AGAIN_S)
@@ -222,7 +232,7 @@ class Pins:
                 log.warning("%s waits for the registry: %s", version.ref, error)
                 await asyncio.sleep(TRY_AGAIN_S)
             except (EngineError, ConflictError, CorruptBlobError) as error:
-                hold.trouble = str(error)
+                hold.trouble, hold.asked = str(error), None
                 log.warning("%s cannot be pinned: %s", version.ref, error)
                 self._keeper.unpin(version.digest)  # a slot that it does not get is not kept from all others
                 return
@@ -239,16 +249,18 @@ class Pins:
         if not at_all:
             return
         self._keeper.unpin(digest)
-        if hold.start is not None and hold.start is self._fleet.base.current:
-            release = asyncio.create_task(self._release(hold.start, hold.version))
-            self._releases.add(release)
-            release.add_done_callback(self._releases.discard)
+        if hold.asked is not None and hold.asked is self._fleet.base.current:
+            # One at a time for a digest: whoever pins it again asks the engine after this.
+            release = self._releases[digest] = asyncio.create_task(self._release(hold.asked, hold))
+            release.add_done_callback(lambda _done: self._releases.pop(digest, None))
 
-    async def _release(self, start: EngineStart, version: Version) -> None:
+    async def _release(self, start: EngineStart, hold: _Hold) -> None:
+        if hold.asking is not None:
+            await asyncio.wait([hold.asking])
         # An engine that is gone, or has unloaded the adapter, holds no pin any more.
         with contextlib.suppress(EngineError):
-            await start.client.unpin_adapter(version.digest)
-            log.info("%s is pinned no more", version.ref)
+            await start.client.unpin_adapter(hold.version.digest)
+            log.info("%s is pinned no more", hold.version.ref)
 
 
 def _tell(task: asyncio.Task[None]) -> None:

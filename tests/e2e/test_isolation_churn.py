@@ -88,7 +88,7 @@ async def test_every_answer_in_churn_is_its_versions_own(
     async with api_session(server.url) as session:
         report = await churn.run(Api(session), ANSWERS, seed=1 + share_cache, share_cache=share_cache)
     assert report.failures == [], server.logs()
-    await until(lambda: is_quiet(server), "an engine without requests or pins", timeout_s=30)
+    await require_quiet(server)
     after = EngineLook(server)
 
     judged = judge(churn, AutoTokenizer.from_pretrained(churn.world.base_dir), truth, report.asked)
@@ -116,12 +116,26 @@ async def test_every_answer_in_churn_is_its_versions_own(
     assert (hits > 0) == share_cache
 
 
-def is_quiet(server: LoradockServer) -> bool:
-    """Whether nothing runs, waits or is pinned: nothing was left behind by those who hung up or removed names."""
+def left_behind(server: LoradockServer) -> dict[str, Any]:
+    """What runs, waits or is pinned still; empty where those who hung up or removed names left nothing behind."""
     look = EngineLook(server)
-    idle = look.metric("num_requests_running") + look.metric("num_requests_waiting") == 0
     gateway = httpx.get(f"{server.url}/metrics", timeout=30).raise_for_status().text
-    return idle and not look.status["pinned"] and "loradock_requests_in_flight 0.0" in gateway
+    in_flight = next(line for line in gateway.splitlines() if line.startswith("loradock_requests_in_flight "))
+    found = {
+        "running": look.metric("num_requests_running"),
+        "waiting": look.metric("num_requests_waiting"),
+        "pinned": look.status["pinned"],
+        "in the gateway": float(in_flight.split()[1]),
+    }
+    return {what: count for what, count in found.items() if count}
+
+
+async def require_quiet(server: LoradockServer) -> None:
+    """AssertionError with what is left in the engine or the gateway."""
+    try:
+        await until(lambda: not left_behind(server), "an engine without requests or pins", timeout_s=30)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {left_behind(server)}\n{server.logs()}") from error
 
 
 def require_churn(report: Report, churn: Churn, counts: dict[str, int]) -> None:

@@ -122,6 +122,27 @@ async def test_unpin_of_what_still_waits_for_its_slot_gives_that_back(scene: Sce
     await scene.until_called(f"load {digest}", f"keep {digest}", f"give back {digest}")
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["unpinned", "and pinned again"])
+async def test_pin_that_is_let_go_while_the_engine_is_asked_for_it_does_not_stay_there(
+    scene: Scene, again: bool
+) -> None:
+    digest = scene.publish("a", 1)
+    await scene.pins.pin("a", 60)
+    await scene.pins.unpin("a")
+    await scene.until_called(*(f"{call} {digest}" for call in ("load", "keep", "pin", "give back", "unpin")))
+    scene.calls.clear()
+    scene.world.base.client.may_go_on.clear()
+    await scene.pins.pin("a", 0.01)
+    asked = (f"keep {digest}", f"pin {digest}")
+    await scene.until_called(*asked)
+    await scene.pins.unpin("a")
+    if again:
+        await scene.pins.pin("a", 0.01)
+    scene.world.base.client.may_go_on.set()
+    pinned_again = (f"keep {digest}", f"unpin {digest}", f"pin {digest}") if again else (f"unpin {digest}",)
+    await scene.until_called(*asked, f"give back {digest}", *pinned_again)
+
+
 async def test_pin_follows_its_name_to_the_next_version_and_back(scene: Scene) -> None:
     first = scene.publish("a", 1)
     await scene.pins.pin("a", 60)
